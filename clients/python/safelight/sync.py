@@ -1,0 +1,102 @@
+"""The blocking client: the asynchronous one, on an event loop of its own in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from safelight.client import DEFAULT_LIST_SECONDS, AsyncClient
+from safelight.types import Event, GenerationOptions, GenerationResult, Model
+
+Result = TypeVar("Result")
+
+
+class Client:
+    """Talks to a gateway, from ordinary code; safe to share between threads.
+
+    >>> with Client("localhost:7000") as client:
+    ...     client.generate("a cat").images[0].image.save("cat.png")
+
+    Args:
+        endpoint: "host:port" or "unix:/path"; None takes the environment variable SAFELIGHT_ENDPOINT.
+    """
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="safelight-client", daemon=True)
+        self._thread.start()
+        try:
+            self._client = self._wait(_make(endpoint))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    @property
+    def endpoint(self) -> str:
+        """The gateway's address."""
+        return self._client.endpoint
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in progress are cancelled, and with them their work. May be repeated."""
+        if not self._loop.is_closed():
+            self._wait(self._client.close())
+            self._stop_loop()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        timeout_seconds: float | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """As AsyncClient.generate; `on_event` is called in the calling thread, and may raise to stop the work."""
+        for event in self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds):
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, GenerationResult):
+                result = event
+        return result
+
+    def stream(self, options: GenerationOptions, *, timeout_seconds: float | None = None) -> Iterator[Event]:
+        """As AsyncClient.stream."""
+        events = self._client.stream(options, timeout_seconds=timeout_seconds)
+        try:
+            while (event := self._wait(anext(events, None))) is not None:
+                yield event
+        finally:
+            self._wait(events.aclose())  # type: ignore[attr-defined]  # it is an async generator
+
+    def models(self, *, timeout_seconds: float = DEFAULT_LIST_SECONDS) -> list[Model]:
+        """As AsyncClient.models."""
+        return self._wait(self._client.models(timeout_seconds=timeout_seconds))
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of work on the client's loop; Ctrl-C while waiting cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _make(endpoint: str | None) -> AsyncClient:
+    """An AsyncClient, made on the loop that it will run on."""
+    return AsyncClient(endpoint)

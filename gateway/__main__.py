@@ -1,0 +1,18 @@
+"""`python -m gateway`: the gateway in a process of its own."""
+
+from __future__ import annotations
+
+from gateway.service import build_gateway
+from gateway.settings import GatewaySettings
+from services.common.metrics import Metrics
+from services.common.server import Service
+from services.common.stage import run_server
+
+
+def _build(settings: GatewaySettings) -> tuple[Service, Metrics]:
+    metrics = Metrics()
+    return build_gateway(settings, metrics), metrics
+
+
+if __name__ == "__main__":
+    run_server(GatewaySettings, _build)

@@ -1,0 +1,55 @@
+"""Which models can be served from end to end: the stages' descriptions, merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.replicas import ReplicaSet
+from safelight.errors import InvalidRequestError
+from safelight.v1.model_pb2 import ModelDescription
+from services.common.model_servicer import find_model
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The replicas of the three stages."""
+
+    encoder: ReplicaSet
+    denoiser: ReplicaSet
+    decoder: ReplicaSet
+
+    @property
+    def all(self) -> tuple[ReplicaSet, ReplicaSet, ReplicaSet]:
+        """In the order of a request's road."""
+        return (self.encoder, self.denoiser, self.decoder)
+
+    def models(self) -> list[ModelDescription]:
+        """The models that every stage serves, each stage's part merged in."""
+        parts = [stage.models for stage in self.all]
+        complete = set.intersection(*(set(part) for part in parts))
+        return [_merge([part[name] for part in parts]) for name in sorted(complete)]
+
+    def find(self, name: str) -> ModelDescription:
+        """The model of that name; of no name, the only one.
+
+        Raises:
+            StageUnavailableError: a stage has no healthy replica.
+            UnknownModelError: there is no such model.
+            InvalidRequestError: no name, but several models.
+        """
+        for stage in self.all:
+            if not stage.models:
+                stage.pick(name)
+        models = {model.name: model for model in self.models()}
+        if not name and len(models) == 1:
+            return next(iter(models.values()))
+        if not name:
+            raise InvalidRequestError.of("model", f"is empty; choose from {', '.join(models)}")
+        return find_model(models, name)
+
+
+def _merge(parts: list[ModelDescription]) -> ModelDescription:
+    merged = ModelDescription()
+    for part in parts:
+        merged.MergeFrom(part)
+    return merged

@@ -1,0 +1,100 @@
+"""What a generation request must be before any stage sees it. Pure: messages and descriptions in, violations out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
+from safelight.v1.generation_service_pb2 import GenerateRequest
+from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
+from services.common.validation import check_range, check_seed
+
+MAX_IMAGES = 64
+MIN_PIXELS = 64
+MAX_GUIDANCE_SCALE = 100
+_UNSUPPORTED = ("adapters", "inputs", "strength", "num_frames", "fps", "preview")
+
+
+def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
+    """Check a request against its model.
+
+    Raises:
+        UnsupportedError: a field is set that this release does not serve.
+        InvalidRequestError: fields are out of range; every one is named.
+    """
+    present = {descriptor.name for descriptor, _ in request.ListFields()}
+    for field in _UNSUPPORTED:
+        if field in present:
+            raise UnsupportedError(f"{field}: not served by model {model.name!r}; leave it out", field=field)
+    if request.determinism == DETERMINISM_CLASS_EXACT:
+        raise UnsupportedError("determinism: the exact class is not served by this release", field="determinism")
+    if violations := list(_violations(request, model)):
+        raise InvalidRequestError.of_all(violations)
+
+
+def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
+    yield from _prompt_violations(request, model)
+    yield from _size_violations(request, model)
+    yield from _sampling_violations(request, model)
+    yield from _seed_violations(request)
+    yield from _output_violations(request, model)
+    yield from check_range("clip_skip", request.clip_skip, 0, model.encoder.max_clip_skip)
+    yield from check_range("context.priority", request.context.priority, -100, 100)
+
+
+def _prompt_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
+    limit = model.encoder.max_prompt_bytes
+    for field, prompt in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        size = len(prompt.encode())
+        if size > limit:
+            yield FieldViolation(field, f"has {size} bytes; must have at most {limit}: shorten it")
+
+
+def _size_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
+    factor = model.decoder.scale_factor
+    for field, pixels in (("width", request.width), ("height", request.height)):
+        if pixels and (pixels < MIN_PIXELS or pixels % factor):
+            nearest = max(MIN_PIXELS, round(pixels / factor) * factor)
+            yield FieldViolation(
+                field, f"is {pixels}; must be a multiple of {factor}, at least {MIN_PIXELS}: try {nearest}"
+            )
+    area, limit = request.width * request.height, model.denoiser.max_latent_area * factor**2
+    if area > limit:
+        yield FieldViolation("width", f"{request.width}x{request.height} has more than the {limit} pixels allowed")
+
+
+def _sampling_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
+    sampling, denoiser = request.sampling, model.denoiser
+    if request.HasField("sampling") and (sampling.steps < 0 or sampling.steps > denoiser.max_steps):
+        yield from check_range("sampling.steps", sampling.steps, 1, denoiser.max_steps)
+    yield from check_range("sampling.min_steps", sampling.min_steps, 0, sampling.steps or denoiser.max_steps)
+    yield from _choice("sampling.sampler", sampling.sampler, denoiser.samplers)
+    yield from _choice("sampling.schedule", sampling.schedule, denoiser.schedules)
+    yield from check_range("guidance.scale", request.guidance.scale, 0, MAX_GUIDANCE_SCALE)
+    if request.guidance.HasField("distilled_scale"):
+        yield FieldViolation("guidance.distilled_scale", f"model {model.name!r} takes none; leave it out")
+
+
+def _choice(field: str, value: str, choices: Collection[str]) -> Iterator[FieldViolation]:
+    if value and value not in choices:
+        yield FieldViolation(field, f"is {value!r}; choose from {', '.join(choices)}")
+
+
+def _seed_violations(request: GenerateRequest) -> Iterator[FieldViolation]:
+    yield from check_range("num_images", request.num_images, 0, MAX_IMAGES)
+    yield from check_range("seeds", len(request.seeds), 0, MAX_IMAGES)
+    for index, seed in enumerate(request.seeds):
+        yield from check_seed(f"seeds[{index}]", seed)
+    if len(request.seeds) > 1 and request.num_images not in (0, len(request.seeds)):
+        yield FieldViolation(
+            "seeds", f"has {len(request.seeds)} for {request.num_images} pictures; give one or as many"
+        )
+
+
+def _output_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
+    output = request.output
+    yield from check_range("output.quality", output.quality, 0, 100)
+    if output.format != OUTPUT_FORMAT_UNSPECIFIED and output.format not in model.decoder.formats:
+        known = ", ".join(OutputFormat.Name(known) for known in model.decoder.formats)
+        yield FieldViolation("output.format", f"is {output.format}; choose from {known}")

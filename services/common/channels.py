@@ -1,0 +1,46 @@
+"""Client channels between services: one an endpoint, kept open."""
+
+from __future__ import annotations
+
+import grpc
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message of any call; tensors and files travel in chunks, so nothing comes near it."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A silent peer (its node is gone) is noticed within seconds, not at TCP's time-out.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Every replica gets a connection of its own, also when two names resolve to one address.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+def open_channel(target: str) -> grpc.aio.Channel:
+    """A channel to another service, with this project's limits and keepalive."""
+    return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+class ChannelPool:
+    """Channels by target, opened at first use."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, target: str) -> grpc.aio.Channel:
+        """The channel to a target."""
+        if target not in self._channels:
+            self._channels[target] = open_channel(target)
+        return self._channels[target]
+
+    async def close(self) -> None:
+        """Close every channel; calls in flight are cancelled."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()

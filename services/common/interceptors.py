@@ -1,0 +1,138 @@
+"""What happens around every call of every service: request id, metrics, log line, and exceptions become statuses.
+
+Servicers raise; this is the only place that talks to gRPC about errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from grpc_status import rpc_status
+
+from safelight.errors import InternalError, SafelightError, from_rpc_error, to_status
+from services.common.metrics import Metrics
+from services.common.request_context import Context, request_id
+
+_log = logging.getLogger("safelight.calls")
+_QUIET_METHODS = ("/grpc.health.", "/grpc.reflection.")
+
+UnaryHandler = Callable[[Any, Context], Awaitable[Any]]
+StreamHandler = Callable[[Any, Context], AsyncGenerator[Any, None]]
+
+
+@dataclass
+class _Call:
+    """One call while it runs."""
+
+    method: str
+    started: float
+    code: grpc.StatusCode = grpc.StatusCode.OK
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps unary and server-streaming handlers; health and reflection pass unwrapped."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(_QUIET_METHODS):
+            return handler
+        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        return make(
+            wrap(behaviour, method.removeprefix("/")),  # type: ignore[arg-type]  # the stubs know sync handlers only
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrap_unary(self, behaviour: UnaryHandler, method: str) -> UnaryHandler:
+        async def handle(request: Any, context: Context) -> Any:
+            with self._observed(method, request) as call:
+                try:
+                    return await behaviour(request, context)
+                except Exception as error:
+                    await _abort(call, context, error)
+
+        return handle
+
+    def _wrap_stream(self, behaviour: StreamHandler, method: str) -> StreamHandler:
+        async def handle(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+            with self._observed(method, request) as call:
+                try:
+                    async with aclosing(behaviour(request, context)) as responses:  # a cancelled call ends it now
+                        async for response in responses:
+                            yield response
+                except Exception as error:
+                    await _abort(call, context, error)
+
+        return handle
+
+    @contextmanager
+    def _observed(self, method: str, request: Any) -> Iterator[_Call]:
+        """Counts and logs a call around its handler, whatever way it ends."""
+        request_id.set(_id_of(request))
+        call = _Call(method, time.monotonic())
+        running = self._metrics.requests_running.labels(method)
+        running.inc()
+        try:
+            yield call
+        except (asyncio.CancelledError, GeneratorExit):
+            call.code = grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            running.dec()
+            self._record(call)
+
+    def _record(self, call: _Call) -> None:
+        seconds = time.monotonic() - call.started
+        self._metrics.requests.labels(call.method, call.code.name).inc()
+        self._metrics.request_seconds.labels(call.method).observe(seconds)
+        _log.info("call ended", extra={"method": call.method, "code": call.code.name, "seconds": round(seconds, 4)})
+
+
+def _id_of(request: Any) -> str:
+    """The request id that the message carries, or a new one."""
+    work = getattr(request, "context", None)
+    return getattr(work, "request_id", "") or uuid.uuid4().hex
+
+
+async def _abort(call: _Call, context: Context, error: Exception) -> NoReturn:
+    """End the call with the status of an exception; what is not ours is logged and leaves as INTERNAL."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    known = as_safelight_error(error)
+    call.code = known.code
+    log = _log.exception if known.code is grpc.StatusCode.INTERNAL else _log.info
+    log("call failed: %s", known.message, extra={"method": call.method, "code": known.code.name})
+    status = rpc_status.to_status(to_status(known))
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(status.code, status.details)
+    raise AssertionError("abort always raises")
+
+
+def as_safelight_error(error: Exception) -> SafelightError:
+    """The error as clients shall see it: ours unchanged, another service's translated, all else a neutral sentence."""
+    if isinstance(error, SafelightError):
+        return error
+    if isinstance(error, grpc.aio.AioRpcError):
+        return from_rpc_error(error)
+    current = request_id.get()
+    return InternalError(f"internal error; the server's log has it under request id {current}", request_id=current)

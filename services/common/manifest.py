@@ -1,0 +1,119 @@
+"""The manifest: which models a deployment serves, and where their weights are. Every stage reads the same one.
+
+models:
+  - name: majicflus
+    path: /weights/majicmix.safetensors   # a single file, or a folder in the diffusers layout
+    encoder: {dtype: float16}              # optional, a stage each: dtype, and a path of its own
+    denoiser: {dtype: float16}
+    decoder: {path: /weights/vae.safetensors, dtype: float32}
+    tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
+_STAGES = ("encoder", "denoiser", "decoder")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class ManifestError(Exception):
+    """The manifest can't be read; the message names the file and the entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One stage's part of a model.
+
+    Args:
+        path: weights of this part alone; empty: they are in the model's own path.
+        dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU.
+    """
+
+    path: str = ""
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One model of the manifest.
+
+    Args:
+        name: what requests call it.
+        path: a single file or a folder in the diffusers layout.
+        family: "sd15" …; empty: told by the keys of the weights.
+        tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
+    """
+
+    name: str
+    path: str
+    family: str = ""
+    tokenizer: str = ""
+    encoder: Component = Component()
+    denoiser: Component = Component()
+    decoder: Component = Component()
+
+
+DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH))
+
+
+def load_manifest(path: str) -> tuple[ModelEntry, ...]:
+    """The models of a manifest file; of no file, the demo model.
+
+    Raises:
+        ManifestError: the file can't be read, or an entry has unknown, missing or wrong fields.
+    """
+    if not path:
+        return (DEMO_MODEL,)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ManifestError(f"manifest {path}: can't be read: {error}") from error
+    entries = content.get("models") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ManifestError(f"manifest {path}: must have a list 'models' with at least one entry")
+    models = tuple(_parse_model(entry, f"manifest {path}: models[{index}]") for index, entry in enumerate(entries))
+    _refuse_duplicates(path, models)
+    return models
+
+
+def _parse_model(entry: object, where: str) -> ModelEntry:
+    values = _checked(ModelEntry, entry, where)
+    for required in ("name", "path"):
+        if not values.get(required):
+            raise ManifestError(f"{where}: '{required}' is missing")
+    for stage in _STAGES:
+        if stage in values:
+            values[stage] = _parse_component(values[stage], f"{where}.{stage}")
+    return ModelEntry(**values)
+
+
+def _parse_component(entry: object, where: str) -> Component:
+    component = Component(**_checked(Component, entry, where))
+    if component.dtype not in DTYPES:
+        raise ManifestError(f"{where}.dtype: {component.dtype!r} is not one of {', '.join(DTYPES)}")
+    return component
+
+
+def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
+    """The entry as keyword arguments of a dataclass."""
+    if not isinstance(entry, Mapping):
+        raise ManifestError(f"{where}: must be a mapping")
+    known = [field.name for field in fields(cls)]
+    if unknown := [name for name in entry if name not in known]:
+        raise ManifestError(f"{where}: '{unknown[0]}' is not a field; there are {', '.join(known)}")
+    if wrong := [name for name in entry if name not in _STAGES and not isinstance(entry[name], str)]:
+        raise ManifestError(f"{where}.{wrong[0]}: {entry[wrong[0]]!r} must be a text; put it in quotes")
+    return dict(entry)
+
+
+def _refuse_duplicates(path: str, models: tuple[ModelEntry, ...]) -> None:
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ManifestError(f"manifest {path}: two models have one name among {', '.join(names)}")

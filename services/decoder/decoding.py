@@ -1,0 +1,121 @@
+"""The life of one decode (or encode) request: check, fetch, queue, compute, write the file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from safelight.errors import InvalidRequestError, OutOfMemoryError
+from safelight.v1 import decoder_service_pb2 as pb
+from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, FileChunk, StageTiming
+from services.common.batching import Batcher
+from services.common.exchange import CHUNK_BYTES, TensorReader, TensorStore
+from services.common.executor import DeviceExecutor
+from services.common.metrics import Metrics
+from services.common.model_servicer import find_model
+from services.decoder.images import PictureError, PictureLimits, read_picture
+from services.decoder.output_files import OutputFile, latents_file, picture_file
+from services.decoder.registry import PictureDecoder
+from services.decoder.tiling import Tiling
+from services.decoder.validation import check_decode, check_picture_size
+from services.modeling.memory import is_out_of_memory
+from services.modeling.wire import TorchPayload, check_finite, make_header, read_tensor
+
+Computation = Callable[[], Tensor]
+DeviceQueue = Batcher[Computation, Tensor]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Runs requests against the device that all of them share."""
+
+    decoders: Mapping[str, PictureDecoder]
+    queue: DeviceQueue
+    reader: TensorReader
+    store: TensorStore
+    metrics: Metrics
+    models: dict[str, ModelDescription]
+    tiling: Tiling
+    limits: PictureLimits
+
+    async def decode(self, request: pb.DecodeRequest) -> AsyncIterator[pb.DecodeResponse]:
+        """The file's chunks, then the result.
+
+        Raises:
+            SafelightError: of the kinds that DecoderService.Decode documents.
+        """
+        check_decode(request, find_model(self.models, request.model).decoder)
+        latents = await read_tensor(self.reader, request.latents, "latents")
+        if request.output.format == OUTPUT_FORMAT_LATENTS:
+            file, timing = latents_file(latents), StageTiming(stage="decoder")
+        else:
+            file, timing = await self._picture(request, latents)
+        for chunk in _chunks(file):
+            yield pb.DecodeResponse(chunk=chunk)
+        yield pb.DecodeResponse(result=_result(file, timing))
+
+    async def encode_image(self, request: pb.EncodeImageRequest) -> pb.EncodeImageResponse:
+        """The scaled latents of a picture file.
+
+        Raises:
+            SafelightError: of the kinds that DecoderService.EncodeImage documents.
+        """
+        description = find_model(self.models, request.model).decoder
+        try:
+            image = await asyncio.to_thread(read_picture, request.image, self.limits)
+        except PictureError as error:
+            raise InvalidRequestError.of("image", str(error)) from error
+        height, width = image.shape[-2:]
+        check_picture_size(width, height, description)
+        decoder = self.decoders[request.model]
+        latents, timing = await self._compute(request.model, lambda: decoder.encode(image, self.tiling))
+        header = make_header(latents, "BCHW", decoder.fingerprint)
+        return pb.EncodeImageResponse(latents=self.store.put(header, TorchPayload(latents)), timing=timing)
+
+    async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
+        decoder = self.decoders[request.model]
+        image, timing = await self._compute(request.model, lambda: decoder.decode(latents, self.tiling))
+        check_finite(image, "the decoded picture")
+        file = await asyncio.to_thread(picture_file, image[0], request.output, request.parameters)
+        return file, timing
+
+    async def _compute(self, model: str, computation: Computation) -> tuple[Tensor, StageTiming]:
+        """Run on the device, after those that came before."""
+        tensor, queued, computed = await self.queue.submit(computation)
+        self.metrics.queue_seconds.labels("decoder").observe(queued)
+        self.metrics.stage_seconds.labels("decoder", model).observe(computed)
+        return tensor, StageTiming(stage="decoder", queue_seconds=queued, compute_seconds=computed)
+
+
+async def compute_on(executor: DeviceExecutor, computation: Computation) -> Tensor:
+    """The computation's result, from the device's thread.
+
+    Raises:
+        OutOfMemoryError: it does not fit the device.
+    """
+    try:
+        return await executor.run(computation)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "the picture does not fit the device's memory: ask for a smaller size, or lower untiled_area",
+            stage="decoder",
+        ) from error
+
+
+def _chunks(file: OutputFile) -> list[FileChunk]:
+    """The file in pieces; the first tells its type and size."""
+    chunks = [FileChunk(data=file.data[start : start + CHUNK_BYTES]) for start in range(0, len(file.data), CHUNK_BYTES)]
+    chunks[0].media_type, chunks[0].file_size = file.media_type, len(file.data)
+    return chunks
+
+
+def _result(file: OutputFile, timing: StageTiming) -> pb.DecodeResult:
+    return pb.DecodeResult(
+        media_type=file.media_type, file_size=len(file.data), width=file.width, height=file.height, timing=timing
+    )

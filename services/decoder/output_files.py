@@ -1,0 +1,76 @@
+"""From a decoded tensor to the file that the request asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+from torch import Tensor
+
+from safelight.errors import InvalidRequestError
+from safelight.v1 import work_pb2 as pb
+from services.decoder.generation_parameters import GenerationParameters, ParameterValue
+from services.decoder.images import PictureError, PictureFormat, to_pixels, write_picture
+
+PICTURE_FORMATS: Mapping[pb.OutputFormat.ValueType, PictureFormat] = {
+    pb.OUTPUT_FORMAT_PNG: PictureFormat.PNG,
+    pb.OUTPUT_FORMAT_JPEG: PictureFormat.JPEG,
+    pb.OUTPUT_FORMAT_WEBP: PictureFormat.WEBP,
+}
+FORMATS = (*PICTURE_FORMATS, pb.OUTPUT_FORMAT_LATENTS)
+_LATENTS_MEDIA_TYPE = "application/vnd.safetensors"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A finished file; width and height are 0 when it is no picture."""
+
+    data: bytes
+    media_type: str
+    width: int = 0
+    height: int = 0
+
+
+def picture_file(image: Tensor, output: pb.OutputOptions, parameters: pb.GenerationParameters) -> OutputFile:
+    """The picture file of a tensor [3, H, W] about in [-1, 1].
+
+    Raises:
+        InvalidRequestError: the format does not take the quality, the size or the parameters.
+    """
+    picture_format = PICTURE_FORMATS[output.format or pb.OUTPUT_FORMAT_PNG]
+    pixels = to_pixels(image)
+    embedded = None if output.omit_metadata else embedded_parameters(parameters)
+    try:
+        data = write_picture(pixels, picture_format, quality=output.quality or None, parameters=embedded)
+    except PictureError as error:
+        raise InvalidRequestError.of("output", str(error)) from error
+    height, width = pixels.shape[:2]
+    return OutputFile(data, f"image/{picture_format.value.lower()}", width, height)
+
+
+def latents_file(latents: Tensor) -> OutputFile:
+    """A safetensors file with the one tensor "latents"."""
+    data = safetensors.torch.save({"latents": latents.cpu().contiguous()})
+    return OutputFile(bytes(data), _LATENTS_MEDIA_TYPE)
+
+
+def embedded_parameters(parameters: pb.GenerationParameters) -> GenerationParameters:
+    """What is written into a picture of the parameters it was made with."""
+    details: dict[str, ParameterValue] = {
+        "Schedule type": parameters.sampling.schedule,
+        "Clip skip": parameters.clip_skip,
+        **{f"{name.capitalize()} hash": value for name, value in sorted(parameters.fingerprints.items())},
+    }
+    return GenerationParameters(
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        steps=parameters.sampling.steps,
+        sampler=parameters.sampling.sampler,
+        guidance_scale=round(parameters.guidance.scale, 6),
+        seed=parameters.seed,
+        width=parameters.width,
+        height=parameters.height,
+        model=parameters.model,
+        details=details,
+    )

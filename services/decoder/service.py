@@ -1,0 +1,75 @@
+"""Puts the decoder together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from safelight.v1 import decoder_service_pb2_grpc
+from safelight.v1.model_pb2 import ModelDescription
+from services.common.batching import BatchLimits
+from services.common.executor import DeviceExecutor
+from services.common.manifest import load_manifest
+from services.common.server import Service
+from services.common.stage import Surroundings, stage_mounts
+from services.decoder.decoding import Computation, Decoding, DeviceQueue, compute_on
+from services.decoder.images import PictureLimits
+from services.decoder.output_files import FORMATS
+from services.decoder.registry import LOADERS, PictureDecoder
+from services.decoder.servicer import DecoderServicer
+from services.decoder.settings import DecoderSettings
+from services.decoder.tiling import Tiling
+from services.modeling.components import configure_torch
+from services.modeling.loading import load_models
+
+
+def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Service:
+    """The decoder with its models loaded.
+
+    Raises:
+        CheckpointError: a model's weights can't be loaded.
+    """
+    device = configure_torch(settings.device, settings.threads)
+    decoders = load_models(load_manifest(settings.manifest), LOADERS, device)
+    models = {name: _describe(name, decoder) for name, decoder in decoders.items()}
+    executor = DeviceExecutor("decoder")
+
+    async def run(computations: Sequence[Computation]) -> Sequence[Tensor]:
+        return [await compute_on(executor, computation) for computation in computations]
+
+    # Batching does not pay in a VAE: one picture fills the device. The batcher is the bounded queue.
+    limits = BatchLimits(max_size=1, max_wait_seconds=0.0, capacity=settings.queue_capacity)
+    queue = DeviceQueue("decoder", run, limits, surroundings.metrics)
+    decoding = Decoding(
+        decoders,
+        queue,
+        surroundings.reader(settings),
+        surroundings.store,
+        surroundings.metrics,
+        models,
+        Tiling(tile=settings.tile_size, overlap=settings.tile_overlap, untiled_area=settings.untiled_area),
+        PictureLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+    )
+    servicer = DecoderServicer(decoding)
+
+    async def start(address: str) -> None:
+        surroundings.store.advertise(address)
+        queue.start()
+
+    async def close() -> None:
+        await queue.close()
+        executor.close()
+        await surroundings.channels.close()
+
+    mounts = stage_mounts(surroundings.store, list(models.values()))
+    mounts["safelight.v1.DecoderService"] = lambda server: (
+        decoder_service_pb2_grpc.add_DecoderServiceServicer_to_server(servicer, server)
+    )
+    return Service("decoder", mounts, tuple(models), start, close)
+
+
+def _describe(name: str, decoder: PictureDecoder) -> ModelDescription:
+    description = decoder.describe(name)
+    description.decoder.formats.extend(FORMATS)
+    return description

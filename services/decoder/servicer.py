@@ -1,0 +1,24 @@
+"""DecoderService: unpack, call, pack."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from safelight.v1 import decoder_service_pb2 as pb
+from safelight.v1 import decoder_service_pb2_grpc as pb_grpc
+from services.common.request_context import Context
+from services.decoder.decoding import Decoding
+
+
+class DecoderServicer(pb_grpc.DecoderServiceServicer):
+    """Decodes latents to files and encodes pictures to latents."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> AsyncIterator[pb.DecodeResponse]:
+        async for response in self._decoding.decode(request):
+            yield response
+
+    async def EncodeImage(self, request: pb.EncodeImageRequest, context: Context) -> pb.EncodeImageResponse:
+        return await self._decoding.encode_image(request)

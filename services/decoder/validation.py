@@ -1,0 +1,40 @@
+"""What a decode or encode request must be. Pure: messages and descriptions in, errors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from safelight.errors import FieldViolation, InvalidRequestError
+from safelight.v1.decoder_service_pb2 import DecodeRequest
+from safelight.v1.model_pb2 import DecoderDescription
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
+from services.common.validation import check_range
+
+
+def check_decode(request: DecodeRequest, model: DecoderDescription) -> None:
+    """Check a decode request against its model.
+
+    Raises:
+        InvalidRequestError: fields are out of range; every one is named.
+    """
+    if violations := list(_violations(request, model)):
+        raise InvalidRequestError.of_all(violations)
+
+
+def check_picture_size(width: int, height: int, model: DecoderDescription) -> None:
+    """Raises InvalidRequestError unless a picture's sides are multiples of the model's scale factor."""
+    factor = model.scale_factor
+    if width % factor or height % factor:
+        raise InvalidRequestError.of(
+            "image", f"has {width}x{height} pixels; both must be multiples of {factor}: crop or resize it"
+        )
+
+
+def _violations(request: DecodeRequest, model: DecoderDescription) -> Iterator[FieldViolation]:
+    shape = list(request.latents.header.shape)
+    if len(shape) != 4 or shape[:2] != [1, model.latent_channels] or min(shape) < 1:
+        yield FieldViolation("latents", f"has shape {shape}; must be [1, {model.latent_channels}, height, width]")
+    yield from check_range("output.quality", request.output.quality, 0, 100)
+    if request.output.format not in (OUTPUT_FORMAT_UNSPECIFIED, *model.formats):
+        known = ", ".join(OutputFormat.Name(known) for known in model.formats)
+        yield FieldViolation("output.format", f"is {request.output.format}; choose from {known}")

@@ -1,0 +1,100 @@
+"""Stable Diffusion 1.5 as the engine sees it: conditioning in, epsilon predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from safelight.errors import InvalidRequestError
+from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
+from services.common.manifest import ModelEntry
+from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
+from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.sampler import SAMPLERS
+from services.denoiser.sampling.schedules import SCHEDULES
+from services.modeling.components import open_component, read_json, resolve_dtype
+from services.modeling.wire import DATA_TYPES
+
+PROMPT_EMBEDS = "prompt_embeds"
+_LATENT_SIZE_OF_SINGLE_FILES = 64
+
+
+class SD15Denoiser:
+    """An SD1.5 UNet with its noise schedule.
+
+    Args:
+        unet: the network, on its device.
+        noise_schedule: what it was trained with.
+        fingerprint: of its weights.
+        sample_size: default width and height in latent elements.
+    """
+
+    def __init__(self, unet: SDUNet, noise_schedule: NoiseSchedule, fingerprint: str, sample_size: int) -> None:
+        self._unet = unet
+        self.noise_schedule = noise_schedule
+        self.fingerprint = fingerprint
+        self._sample_size = sample_size
+        parameter = next(unet.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @classmethod
+    def load(cls, entry: ModelEntry, device: torch.device) -> SD15Denoiser:
+        """Read the UNet of a manifest entry, from either layout, onto the device.
+
+        Raises:
+            CheckpointError: the weights are missing, damaged or not of this architecture.
+        """
+        source = open_component(entry, entry.denoiser, "unet")
+        dtype = resolve_dtype(entry.denoiser.dtype, device)
+        unet = load_sd_unet(source.checkpoint, source.config, device=device, dtype=dtype)
+        scheduler_config = read_json(Path(entry.path) / "scheduler" / "scheduler_config.json")
+        noise_schedule = NoiseSchedule.from_config(scheduler_config) if scheduler_config else NoiseSchedule()
+        sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
+        return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size)
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        denoiser = DenoiserDescription(
+            fingerprint=self.fingerprint,
+            latent_channels=self._unet.params.in_channels,
+            conditioning=[PROMPT_EMBEDS],
+            samplers=list(SAMPLERS),
+            schedules=list(SCHEDULES),
+            default_steps=20,
+            default_guidance_scale=7.5,
+            default_latent_width=self._sample_size,
+            default_latent_height=self._sample_size,
+            dtype=DATA_TYPES[self.dtype],
+        )
+        return ModelDescription(name=name, family="sd15", denoiser=denoiser)
+
+    def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> ContextKV:
+        """The prompt's cross-attention keys and values, computed once a request.
+
+        Args:
+            conditioning: `prompt_embeds` [1, L, D].
+            field: names the conditioning in errors.
+
+        Raises:
+            InvalidRequestError: the tensor is missing or of the wrong shape.
+        """
+        embeds = conditioning.get(PROMPT_EMBEDS)
+        width = self._unet.params.cross_attention_dim
+        if embeds is None or embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+            found = "missing" if embeds is None else f"{list(embeds.shape)}"
+            raise InvalidRequestError.of(
+                f"{field}.{PROMPT_EMBEDS}",
+                f"must be a tensor of shape [1, tokens, {width}], is {found}: use this model's own encoder",
+            )
+        return self._unet.project_context(embeds.to(self.device, self.dtype))
+
+    def batch_key(self, prepared: ContextKV) -> int:
+        """Tokens of the conditioning: rows of one length can share a forward pass."""
+        return prepared.shape[1]
+
+    def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[ContextKV]) -> Tensor:
+        """Epsilon of each row: latents [B, C, H, W] scaled to unit variance, timesteps [B]."""
+        return self._unet(latents.to(self.dtype), timesteps, stack_context(rows))

@@ -1,0 +1,167 @@
+"""The denoiser of Stable Diffusion 1.x: a UNet that is told of time and text (Rombach et al. 2022, arXiv 2112.10752).
+
+Reference code: CompVis/stable-diffusion `ldm/modules/diffusionmodules/openaimodel.py`.
+
+Shapes: B batch, C channels, h and w latent height and width (an eighth of the picture's), T time features (4 * C of the
+finest level), L tokens of the text, D width of the text's features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.denoiser.models.sd_unet_keys import diffusers_sources, is_ldm, ldm_sources
+from services.denoiser.models.sd_unet_params import LDM_PREFIX, SDUNetParams, params_from_config, params_from_ldm
+from services.denoiser.models.unet_blocks import (
+    CrossAttention,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    time_features,
+)
+from services.modeling.layers import Conv2d, Linear, TensorModule, pack_weights
+from services.modeling.weights import Checkpoint, CheckpointError, load_weights
+
+# Keys and values of all cross-attentions side by side, [B, L, sum of 2*C]: one tensor, so that one copy joins requests.
+ContextKV: TypeAlias = Tensor
+
+
+def stack_context(rows: Sequence[ContextKV]) -> ContextKV:
+    """Joins the contexts of several requests, each [B_i, L, K] with the same L, into one batch [sum of B_i, L, K]."""
+    return torch.cat(list(rows))
+
+
+class Block(TensorModule):
+    """A residual block and, where the level attends, a transformer."""
+
+    def __init__(self, width_in: int, level: int, params: SDUNetParams, *, attends: bool) -> None:
+        super().__init__()
+        width, groups = params.widths[level], params.norm_groups
+        self.res = ResBlock(width_in, width, params.time_width, groups)
+        self.transformer = (
+            SpatialTransformer(width, params.cross_attention_dim, params.heads[level], groups) if attends else None
+        )
+
+    def forward(self, x: Tensor, time: Tensor, context_kv: Iterator[Tensor]) -> Tensor:
+        """x: [B, C_in, h, w], time: [B, T], context_kv: yields [B, L, 2*C] to each transformer -> [B, C, h, w]."""
+        h = self.res(x, time)
+        return h if self.transformer is None else self.transformer(h, next(context_kv))
+
+
+class DownLevel(nn.Module):
+    """The encoder's blocks of one resolution and, but for the coarsest, the way down to the next."""
+
+    def __init__(self, width_in: int, level: int, params: SDUNetParams) -> None:
+        super().__init__()
+        width, attends = params.widths[level], params.attention[level]
+        widths_in = [width_in] + [width] * (params.blocks_per_level - 1)
+        self.blocks = nn.ModuleList(Block(block_in, level, params, attends=attends) for block_in in widths_in)
+        self.downsample = Downsample(width) if level + 1 < len(params.widths) else None
+
+    def forward(self, x: Tensor, time: Tensor, context_kv: Iterator[Tensor]) -> list[Tensor]:
+        """x: [B, C_in, h, w] -> what each block and the downsampling made, all of it for the decoder."""
+        made = [x]
+        for block in self.blocks:
+            made.append(block(made[-1], time, context_kv))
+        if self.downsample is not None:
+            made.append(self.downsample(made[-1]))
+        return made[1:]
+
+
+class UpLevel(TensorModule):
+    """The decoder's blocks of one resolution, each fed one skip, and, but for the finest, the way up to the next."""
+
+    def __init__(self, width_in: int, skip_widths: Sequence[int], level: int, params: SDUNetParams) -> None:
+        super().__init__()
+        width, attends = params.widths[level], params.attention[level]
+        widths_in = [width_in] + [width] * (len(skip_widths) - 1)
+        self.blocks = nn.ModuleList(
+            Block(block_in + skip, level, params, attends=attends)
+            for block_in, skip in zip(widths_in, skip_widths, strict=True)
+        )
+        self.upsample = Upsample(width) if level > 0 else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context_kv: Iterator[Tensor]) -> Tensor:
+        """x: [B, C_in, h, w]; takes its skips from the end of the list -> [B, C, h', w'], the next skip's size."""
+        for block in self.blocks:
+            x = block(torch.cat([x, skips.pop()], dim=1), time, context_kv)
+        return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])
+
+
+class SDUNet(TensorModule):
+    """Predicts the noise in a latent, given its timestep and the text."""
+
+    def __init__(self, params: SDUNetParams) -> None:
+        super().__init__()
+        widths, base, coarsest = params.widths, params.widths[0], len(params.widths) - 1
+        self.params = params
+        self.time = nn.Sequential(
+            Linear(base, params.time_width), nn.SiLU(), Linear(params.time_width, params.time_width), nn.SiLU()
+        )
+        self.conv_in = Conv2d(params.in_channels, base, 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(width_in, level, params) for level, width_in in enumerate((base, *widths[:-1]))
+        )
+        self.middle_in = Block(widths[-1], coarsest, params, attends=True)
+        self.middle_out = ResBlock(widths[-1], widths[-1], params.time_width, params.norm_groups)
+        skips = _skip_widths(params)
+        self.up = nn.ModuleList(
+            UpLevel(width_in, [skips.pop() for _ in range(params.blocks_per_level + 1)], level, params)
+            for level, width_in in zip(range(coarsest, -1, -1), (widths[-1], *widths[:0:-1]), strict=True)
+        )
+        self.norm_out = nn.GroupNorm(params.norm_groups, base)
+        self.conv_out = Conv2d(base, params.out_channels, 3, padding=1)
+
+    def project_context(self, context: Tensor) -> ContextKV:
+        """The keys and values of every cross-attention, computed once a request. context: [B, L, D] -> [B, L, K]."""
+        return torch.cat([module.to_kv(context) for module in self._cross_attentions()], dim=-1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context_kv: ContextKV) -> Tensor:
+        """latents: [B, C, h, w], timesteps: [B] in 0..999, fractions allowed, context_kv: [B, L, K] -> [B, C, h, w]."""
+        time = self.time(time_features(timesteps, self.params.widths[0]).to(latents.dtype))
+        kv = iter(torch.split(context_kv, [module.to_kv.out_features for module in self._cross_attentions()], dim=-1))
+        h = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for level in self.down:
+            skips += level(skips[-1], time, kv)
+        h = self.middle_out(self.middle_in(skips[-1], time, kv), time)
+        for level in self.up:
+            h = level(h, skips, time, kv)
+        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        """In the order in which `forward` comes to them."""
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
+
+
+def load_sd_unet(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+) -> SDUNet:
+    """Builds the UNet that `checkpoint` holds, in the original single-file layout or in diffusers'; its names tell.
+
+    `config` is diffusers' `unet/config.json`. The single file needs none: its dimensions are read from the shapes.
+    Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
+    """
+    in_one_file = is_ldm(checkpoint.keys())
+    if config is None and not in_one_file:
+        raise CheckpointError(
+            f"{checkpoint} has no {LDM_PREFIX}* tensors; a UNet in diffusers' layout needs its config"
+        )
+    params = params_from_config(config) if config is not None else params_from_ldm(checkpoint)
+    with torch.device("meta"):
+        unet = SDUNet(params)
+    find_sources, prefix = (ldm_sources, LDM_PREFIX) if in_one_file else (diffusers_sources, "")
+    sources = find_sources(unet.state_dict().keys(), params)
+    load_weights(unet, checkpoint, sources, device=device, dtype=dtype, prefix=prefix)
+    pack_weights(unet)
+    return unet.eval()
+
+
+def _skip_widths(params: SDUNetParams) -> list[int]:
+    """The channels of what the encoder leaves for the decoder, in the order in which it makes them."""
+    levels = [[width] * (params.blocks_per_level + 1) for width in params.widths]
+    return [params.widths[0], *(width for level in levels for width in level)][:-1]

@@ -1,0 +1,43 @@
+"""Which denoiser serves which model family. A new family is a file in models/ and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from safelight.v1.model_pb2 import ModelDescription
+from services.common.manifest import ModelEntry
+from services.denoiser.models.sd15 import SD15Denoiser
+from services.denoiser.sampling.noise_schedule import NoiseSchedule
+
+
+class Denoiser(Protocol):
+    """What the engine needs of a model family; `prepare`'s result is the family's own and goes back into `predict`."""
+
+    noise_schedule: NoiseSchedule
+    fingerprint: str
+    device: torch.device
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        ...
+
+    def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> Any:
+        """Whatever depends on the conditioning alone, computed once a request."""
+        ...
+
+    def batch_key(self, prepared: Any) -> Hashable:
+        """Prepared conditioning of equal key can share a forward pass."""
+        ...
+
+    def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[Any]) -> Tensor:
+        """Epsilon of each row of a batch."""
+        ...
+
+
+LOADERS: dict[str, Callable[[ModelEntry, torch.device], Denoiser]] = {
+    "sd15": SD15Denoiser.load,
+}

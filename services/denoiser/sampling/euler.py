@@ -1,0 +1,14 @@
+"""Euler's method on the probability-flow ODE."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def euler_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One step from `sigma` > 0 to `sigma_next` (Karras et al. 2022, Algorithm 1 without its second-order correction).
+
+    x, denoised: float32, the latent at `sigma` and the model's x0 prediction there. Written as an interpolation
+    between the two, so that the step to sigma 0 returns `denoised` exactly.
+    """
+    return denoised + (sigma_next / sigma) * (x - denoised)

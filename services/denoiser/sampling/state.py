@@ -1,0 +1,49 @@
+"""Where a request stands between two steps, and its bytes, so that another process can go on from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerState:
+    """Everything that changes while a request is sampled; the rest is in its plan and its seed.
+
+    latents: float32 [1, C, ...] at the noise level sigmas[step_index] of the plan.
+    step_index: steps done.
+    history: earlier denoised predictions that the next step looks back on, newest first, shaped like the latents.
+    noise_draws: draws taken from the request's noise source; the next draw has this number.
+    """
+
+    latents: Tensor
+    step_index: int
+    history: tuple[Tensor, ...]
+    noise_draws: int
+
+
+def state_to_bytes(state: SamplerState) -> bytes:
+    """The state as a safetensors file, exact to the bit, from any device."""
+    tensors = {
+        "latents": state.latents,
+        "position": torch.tensor([state.step_index, state.noise_draws]),
+        **{f"history.{i}": tensor for i, tensor in enumerate(state.history)},
+    }
+    data: bytes = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return data
+
+
+def state_from_bytes(data: bytes, device: torch.device | str = "cpu") -> SamplerState:
+    """The inverse of `state_to_bytes`, with its tensors on `device`; raises ValueError for other bytes."""
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        latents = tensors.pop("latents").to(device)
+        step_index, noise_draws = tensors.pop("position").tolist()
+        history = tuple(tensors[f"history.{i}"].to(device) for i in range(len(tensors)))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError("these bytes are not a serialised sampler state") from error
+    return SamplerState(latents, step_index, history, noise_draws)

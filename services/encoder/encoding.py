@@ -1,0 +1,121 @@
+"""The life of one encode request: check, tokenize, look in the cache, compute the rest in batches, hand off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from safelight.v1 import encoder_service_pb2 as pb
+from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.tensor_pb2 import Conditioning, NamedTensor
+from safelight.v1.work_pb2 import StageTiming
+from services.common.batching import Batcher
+from services.common.exchange import TensorStore
+from services.common.executor import DeviceExecutor
+from services.common.metrics import Metrics
+from services.common.model_servicer import find_model
+from services.encoder.embedding_cache import EmbeddingCache, EmbeddingKey
+from services.encoder.registry import PromptEncoder
+from services.encoder.tokenization import TokenizedPrompt
+from services.encoder.validation import check_encode
+from services.modeling.wire import TorchPayload, make_header
+
+_LAYOUTS = {2: "BD", 3: "BLD"}
+_CACHE = "embeddings"
+
+ConditioningTensors = Mapping[str, Tensor]
+
+
+class PromptJob(NamedTuple):
+    """A prompt to encode."""
+
+    model: str
+    prompt: TokenizedPrompt
+    clip_skip: int
+
+
+PromptBatcher = Batcher[PromptJob, ConditioningTensors]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A prompt's conditioning, where it came from and what it cost."""
+
+    tensors: ConditioningTensors
+    cached: bool
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Runs requests against the batcher that all of them share."""
+
+    encoders: Mapping[str, PromptEncoder]
+    batcher: PromptBatcher
+    executor: DeviceExecutor
+    cache: EmbeddingCache
+    store: TensorStore
+    metrics: Metrics
+    models: dict[str, ModelDescription]
+
+    async def encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
+        """The conditioning of every prompt, in order.
+
+        Raises:
+            SafelightError: of the kinds that EncoderService.Encode documents.
+        """
+        description = find_model(self.models, request.model).encoder
+        check_encode(request, description)
+        clip_skip = request.clip_skip or description.default_clip_skip
+        encoder = self.encoders[request.model]
+        tokenized = await self.executor.run(lambda: [encoder.tokenize(prompt) for prompt in request.prompts])
+        jobs = [PromptJob(request.model, prompt, clip_skip) for prompt in tokenized]
+        encoded = await asyncio.gather(*map(self._encode_prompt, jobs))
+        prompts = [self._pack(job, result) for job, result in zip(jobs, encoded, strict=True)]
+        return pb.EncodeResponse(prompts=prompts, timing=self._timing(request.model, encoded))
+
+    async def _encode_prompt(self, job: PromptJob) -> _Encoded:
+        key = EmbeddingKey(self.encoders[job.model].fingerprint, job.prompt.ids, job.clip_skip)
+        cached = self.cache.get(key)
+        if cached is not None:
+            self.metrics.cache_hits.labels(_CACHE).inc()
+            return _Encoded(cached, True, 0.0, 0.0)
+        self.metrics.cache_misses.labels(_CACHE).inc()
+        tensors, queued, computed = await self.batcher.submit(job, (job.model, job.clip_skip))
+        self.cache.put(key, tensors)
+        self.metrics.cache_bytes.labels(_CACHE).set(self.cache.bytes)
+        return _Encoded(tensors, False, queued, computed)
+
+    def _pack(self, job: PromptJob, encoded: _Encoded) -> pb.EncodedPrompt:
+        fingerprint = self.encoders[job.model].fingerprint
+        tensors = [
+            NamedTensor(
+                name=name,
+                tensor=self.store.put(make_header(tensor, _LAYOUTS[tensor.ndim], fingerprint), TorchPayload(tensor)),
+            )
+            for name, tensor in encoded.tensors.items()
+        ]
+        return pb.EncodedPrompt(
+            conditioning=Conditioning(tensors=tensors),
+            token_count=job.prompt.token_count,
+            truncated_text=job.prompt.cut_off,
+            cached=encoded.cached,
+        )
+
+    def _timing(self, model: str, encoded: Sequence[_Encoded]) -> StageTiming:
+        """The request's time is that of its slowest prompt: they share batches."""
+        queued = max(each.queue_seconds for each in encoded)
+        computed = max(each.compute_seconds for each in encoded)
+        self.metrics.queue_seconds.labels("encoder").observe(queued)
+        self.metrics.stage_seconds.labels("encoder", model).observe(computed)
+        return StageTiming(stage="encoder", queue_seconds=queued, compute_seconds=computed)
+
+
+def encode_batch(encoders: Mapping[str, PromptEncoder], jobs: Sequence[PromptJob]) -> list[ConditioningTensors]:
+    """The conditioning of a batch of one model and clip_skip; runs on the device's thread."""
+    return encoders[jobs[0].model].encode([job.prompt for job in jobs], jobs[0].clip_skip)

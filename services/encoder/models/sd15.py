@@ -1,0 +1,83 @@
+"""Stable Diffusion 1.5's text conditioning as the engine sees it: prompts in, `prompt_embeds` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from safelight.errors import CheckpointError
+from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
+from services.common.manifest import ModelEntry
+from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt, load_clip_tokenizer
+from services.modeling.components import open_component, resolve_dtype
+
+_CLIP_TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "clip"
+
+
+class SD15Encoder:
+    """CLIP-L and its tokenizer.
+
+    Args:
+        clip: the text model, on its device.
+        tokenizer: of the text model.
+        fingerprint: of the text model's weights.
+        device: where it computes.
+    """
+
+    def __init__(self, clip: ClipTextEncoder, tokenizer: ClipTokenizer, fingerprint: str, device: torch.device) -> None:
+        self._clip = clip
+        self._tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self._device = device
+
+    @classmethod
+    def load(cls, entry: ModelEntry, device: torch.device) -> SD15Encoder:
+        """Read the text model and the tokenizer of a manifest entry, from either layout, onto the device.
+
+        Raises:
+            CheckpointError: they are missing, damaged or do not fit each other.
+        """
+        source = open_component(entry, entry.encoder, "text_encoder")
+        clip = load_clip(
+            source.checkpoint, source.config, device=device, dtype=resolve_dtype(entry.encoder.dtype, device)
+        )
+        return cls(clip, _load_tokenizer(entry, clip), source.checkpoint.fingerprint, device)
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        encoder = EncoderDescription(
+            fingerprint=self.fingerprint,
+            max_tokens=self._clip.positions,
+            max_clip_skip=self._clip.layers,
+            default_clip_skip=1,
+        )
+        return ModelDescription(name=name, family="sd15", encoder=encoder)
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """The prompt's token ids and what of it did not fit."""
+        return self._tokenizer(prompt)
+
+    def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int) -> list[Mapping[str, Tensor]]:
+        """`prompt_embeds` [1, L, D] of each prompt."""
+        token_ids = torch.tensor([prompt.ids for prompt in prompts], device=self._device)
+        return [{"prompt_embeds": embeds} for embeds in self._clip(token_ids, clip_skip).split(1)]
+
+
+def _load_tokenizer(entry: ModelEntry, clip: ClipTextEncoder) -> ClipTokenizer:
+    """The tokenizer that the manifest names, the model folder's own, or CLIP's usual one."""
+    own = Path(entry.path) / "tokenizer"
+    folder = Path(entry.tokenizer) if entry.tokenizer else own if own.is_dir() else _CLIP_TOKENIZER
+    try:
+        tokenizer = load_clip_tokenizer(folder, clip.positions)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"model {entry.name!r}: {error}") from error
+    if tokenizer.vocabulary_size > clip.vocabulary_size:
+        raise CheckpointError(
+            f"model {entry.name!r}: the tokenizer in {folder} has {tokenizer.vocabulary_size} tokens, the text model "
+            f"{clip.vocabulary_size}: name the model's own with 'tokenizer:' in the manifest"
+        )
+    return tokenizer

@@ -1,0 +1,37 @@
+"""Which encoder serves which model family. A new family is a file in models/ and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safelight.v1.model_pb2 import ModelDescription
+from services.common.manifest import ModelEntry
+from services.encoder.models.sd15 import SD15Encoder
+from services.encoder.tokenization import TokenizedPrompt
+
+
+class PromptEncoder(Protocol):
+    """What the engine needs of a model family."""
+
+    fingerprint: str
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        ...
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """The prompt's token ids and what of it did not fit."""
+        ...
+
+    def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int) -> list[Mapping[str, Tensor]]:
+        """Named conditioning tensors of each prompt, with a batch axis of 1."""
+        ...
+
+
+LOADERS: dict[str, Callable[[ModelEntry, torch.device], PromptEncoder]] = {
+    "sd15": SD15Encoder.load,
+}

@@ -1,0 +1,62 @@
+"""Puts the encoder together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safelight.v1 import encoder_service_pb2_grpc
+from safelight.v1.model_pb2 import ModelDescription
+from services.common.batching import BatchLimits
+from services.common.executor import DeviceExecutor
+from services.common.manifest import load_manifest
+from services.common.server import Service
+from services.common.stage import Surroundings, stage_mounts
+from services.encoder.embedding_cache import EmbeddingCache
+from services.encoder.encoding import ConditioningTensors, Encoding, PromptBatcher, PromptJob, encode_batch
+from services.encoder.registry import LOADERS, PromptEncoder
+from services.encoder.servicer import EncoderServicer
+from services.encoder.settings import EncoderSettings
+from services.modeling.components import configure_torch
+from services.modeling.loading import load_models
+
+
+def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Service:
+    """The encoder with its models loaded.
+
+    Raises:
+        CheckpointError: a model's weights can't be loaded.
+    """
+    device = configure_torch(settings.device, settings.threads)
+    encoders = load_models(load_manifest(settings.manifest), LOADERS, device)
+    models = {name: _describe(name, encoder, settings) for name, encoder in encoders.items()}
+    executor = DeviceExecutor("encoder")
+
+    async def run(jobs: Sequence[PromptJob]) -> Sequence[ConditioningTensors]:
+        return await executor.run(lambda: encode_batch(encoders, jobs))
+
+    limits = BatchLimits(settings.max_batch_prompts, settings.batch_wait_seconds, settings.queue_capacity)
+    batcher = PromptBatcher("encoder", run, limits, surroundings.metrics)
+    cache = EmbeddingCache(settings.cache_bytes)
+    servicer = EncoderServicer(
+        Encoding(encoders, batcher, executor, cache, surroundings.store, surroundings.metrics, models)
+    )
+
+    async def start(address: str) -> None:
+        surroundings.store.advertise(address)
+        batcher.start()
+
+    async def close() -> None:
+        await batcher.close()
+        executor.close()
+
+    mounts = stage_mounts(surroundings.store, list(models.values()))
+    mounts["safelight.v1.EncoderService"] = lambda server: (
+        encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
+    )
+    return Service("encoder", mounts, tuple(models), start, close)
+
+
+def _describe(name: str, encoder: PromptEncoder, settings: EncoderSettings) -> ModelDescription:
+    description = encoder.describe(name)
+    description.encoder.max_prompt_bytes = settings.max_prompt_bytes
+    return description

@@ -1,0 +1,104 @@
+"""Scaled dot-product attention over heads that lie side by side in the last dimension.
+
+torch's kernel is used everywhere but for long sequences on a CPU. There it gains nothing from bfloat16, because between
+its two matrix products it goes through every L x S block of logits several times. `_fused_attention` hands the
+exponential to oneDNN, which applies it inside the first product, in float32, while the block is in registers. oneDNN
+has no exponential to fuse but it has the logistic function, and
+
+    sigmoid(x) = e^x / (1 + e^x) = e^x (1 - O(e^x)),
+
+so with every logit shifted far below zero it is the exponential to the last bit; the shift cancels in the softmax's
+quotient. How far to shift is estimated from the spread of the logits. Each row's sum of exponentials then proves
+whether the estimate was good; a head for which it wasn't is computed again by torch's kernel.
+
+B batch, L queries, S keys, H heads, D channels per head, W = D rounded up to leave room for further columns.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from services.modeling.layers import can_pack, pack_linear_weight, packed_linear
+
+_MIN_LENGTH = 1024  # below it the preparation costs more than it saves
+_ROWS = 512  # queries to a block: its logits stay in the CPU's cache
+_COLUMN_MULTIPLE = 16
+
+# A row's sum of exponentials must lie between these. Below e^-16 no exponent is above -16, and sigmoid and exp agree to
+# 1e-7. Above e^-50 no exponent that matters is under -87, where float32 ends.
+_LARGEST_SUM, _SMALLEST_SUM = math.exp(-16), math.exp(-50)
+_AIM = -34.0  # the logarithm of the sum that the shift aims at, in the middle between them
+# ln(sum of e^s) of S normal logits with deviation d is ln S + d²/2, and 4.1 d when the largest dominates (S = 4096);
+# this slope is within 5 of both up to d = 16.
+_SUM_SLOPE = 3.0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v per head. q: [B, L, H*D], k and v: [B, S, H*D] -> [B, L, H*D]."""
+    q_BHLD, k_BHSD, v_BHSD = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    if can_pack(q.device.type, q.dtype) and min(q.shape[1], k.shape[1]) >= _MIN_LENGTH:
+        return _fused_attention(q_BHLD, k_BHSD, v_BHSD)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2).flatten(2)
+
+
+def _fused_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    """The same by two oneDNN products per head and block of queries -> [B, L, H*D]."""
+    batch, heads, length, width = q_BHLD.shape
+    out_BLHD = q_BHLD.new_empty(batch, length, heads, width)
+    for b in range(batch):
+        q_HLW, k_HSW = _shifted_logit_factors(q_BHLD[b], k_BHSD[b])
+        v_HWS = _values_and_ones(v_BHSD[b])
+        for h in range(heads):
+            if not _attend(q_HLW[h], k_HSW[h], v_HWS[h], out_BLHD[b, :, h]):
+                exact = F.scaled_dot_product_attention(q_BHLD[b, h, None], k_BHSD[b, h, None], v_BHSD[b, h, None])
+                out_BLHD[b, :, h] = exact[0]
+    return out_BLHD.flatten(2)
+
+
+def _shifted_logit_factors(q_HLD: Tensor, k_HSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices [H, L, W] and [H, S, W] whose product is the logits less each row's mean and shift."""
+    (heads, length, width), keys = q_HLD.shape, k_HSD.shape[1]
+    k = k_HSD.float()
+    k = (k - k.mean(1, keepdim=True)) / math.sqrt(width)  # takes a constant off each row of logits
+    q = q_HLD.float()
+    deviation = ((q @ (k.mT @ k / keys)) * q).sum(-1).clamp(min=0).sqrt()
+    q_HLW = q_HLD.new_zeros(heads, length, _padded(width))
+    q_HLW[..., :width] = q_HLD
+    q_HLW[..., width] = _AIM - math.log(keys) - _SUM_SLOPE * deviation
+    k_HSW = k_HSD.new_zeros(heads, keys, _padded(width))
+    k_HSW[..., :width] = k
+    k_HSW[..., width] = 1
+    return q_HLW, k_HSW
+
+
+def _values_and_ones(v_HSD: Tensor) -> Tensor:
+    """Values as [H, W, S]; the columns beyond D hold ones and so yield the sums of the exponentials.
+
+    Each of them sums over another part of the keys: their own roundings average out in bfloat16.
+    """
+    heads, keys, width = v_HSD.shape
+    v_HWS = v_HSD.new_zeros(heads, _padded(width), keys)
+    v_HWS[:, :width] = v_HSD.mT
+    for column, part in enumerate(torch.arange(keys).tensor_split(_padded(width) - width), width):
+        v_HWS[:, column, part] = 1
+    return v_HWS
+
+
+def _attend(q_LW: Tensor, k_SW: Tensor, v_WS: Tensor, out_LD: Tensor) -> bool:
+    """Writes one head's output; False if a row's sum shows that the shift was wrong for it."""
+    length, width = out_LD.shape
+    keys, values = pack_linear_weight(k_SW), pack_linear_weight(v_WS)
+    sums = out_LD.new_empty(length, 1, dtype=torch.float32)
+    for start in range(0, length, _ROWS):
+        rows = slice(start, start + _ROWS)
+        weighted = packed_linear(packed_linear(q_LW[rows], keys, activation="sigmoid"), values)
+        torch.sum(weighted[:, width:], 1, keepdim=True, dtype=torch.float32, out=sums[rows])
+        torch.div(weighted[:, :width], sums[rows], out=out_LD[rows])
+    return bool(sums.min() > _SMALLEST_SUM) and bool(sums.max() < _LARGEST_SUM)
+
+
+def _padded(width: int) -> int:
+    """The channels of a head with one or more columns to spare."""
+    return (width // _COLUMN_MULTIPLE + 1) * _COLUMN_MULTIPLE

@@ -1,0 +1,141 @@
+"""From a manifest entry to one component's checkpoint: the folder or file it is in, its config, device and dtype."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safelight.errors import CheckpointError
+from services.common.manifest import Component, ModelEntry
+from services.modeling.weights import Checkpoint, open_checkpoint
+
+_PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15"}
+# A key that a single file of the family has, and others lack.
+_FAMILY_KEYS = {
+    "sd15": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+}
+_OTHER_FAMILY_KEYS = {
+    "SDXL": "model.diffusion_model.label_emb.0.0.weight",
+    "Stable Diffusion 2": "cond_stage_model.model.ln_final.weight",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one component's weights come from; `config` is its config.json, None for a single file."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+
+
+def open_component(entry: ModelEntry, component: Component, folder: str) -> Source:
+    """The checkpoint of one component.
+
+    Args:
+        entry: the model.
+        component: the stage's part of it; its own path goes before the model's.
+        folder: the component's folder in the diffusers layout, e.g. "unet".
+
+    Raises:
+        CheckpointError: the path does not exist, or holds no weights of a known layout.
+    """
+    path = _existing(entry, Path(component.path or entry.path))
+    if path.is_dir() and not component.path:
+        path = _existing(entry, path / folder)
+    return Source(open_checkpoint(path), read_json(path / "config.json") if path.is_dir() else None)
+
+
+def _existing(entry: ModelEntry, path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(
+            f"model {entry.name!r}: {path} does not exist: correct the path in the manifest", file=str(path)
+        )
+    return path
+
+
+def detect_family(entry: ModelEntry) -> str:
+    """The family of a model: named in the manifest, by model_index.json, or told by the keys of its single file.
+
+    Raises:
+        CheckpointError: the model is of no family that this release serves.
+    """
+    if entry.family:
+        return entry.family
+    path = _existing(entry, Path(entry.path))
+    if path.is_dir():
+        pipeline = (read_json(path / "model_index.json") or {}).get("_class_name", "")
+        family = _PIPELINE_FAMILIES.get(pipeline)
+        what = f"pipeline {pipeline!r}" if pipeline else "a folder without model_index.json"
+    else:
+        family, what = _family_of_keys(open_checkpoint(path))
+    if family is None:
+        raise CheckpointError(
+            f"model {entry.name!r}: {path} is {what}; this release serves {', '.join(_FAMILY_KEYS)}", file=str(path)
+        )
+    return family
+
+
+def _family_of_keys(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    for other, key in _OTHER_FAMILY_KEYS.items():
+        if key in checkpoint:
+            return None, other
+    for family, key in _FAMILY_KEYS.items():
+        if key in checkpoint:
+            return family, family
+    return None, "of no known family (name one with 'family:' in the manifest)"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}): fetch it again", file=str(path)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object", file=str(path))
+    return content
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a setting; "auto" takes the first GPU when there is one.
+
+    Raises:
+        CheckpointError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"device {name!r} is not on this machine: {error}") from error
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a manifest entry; "auto" is float16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def configure_torch(device: str, threads: int) -> torch.device:
+    """The device that the settings name; bounds the threads of a CPU computation (0: torch's choice).
+
+    Raises:
+        CheckpointError: no such device on this machine.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    return resolve_device(device)

@@ -1,0 +1,241 @@
+"""Checkpoints and how their tensors get into a module; knows no model.
+
+A checkpoint is one or several safetensors files, mapped into memory: opening it reads the headers only, and a tensor's
+pages are read when it is placed. A module is built under `torch.device("meta")` and receives its tensors one at a time,
+on their device and in their dtype, so that RAM never holds the weights twice. Pickle files are never read.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, KeysView, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from safelight.errors import CheckpointError as CheckpointError
+
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
+# What a component's folder may hold, in the order of preference: full precision before fp16.
+_FOLDER_FILES = tuple(
+    name
+    for variant in ("", ".fp16")
+    for stem in ("diffusion_pytorch_model", "model")
+    for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json")
+)
+_SAMPLE_BYTES = 4096
+_NAMED_KEYS = 3
+
+Shape = tuple[int, ...]
+
+
+class Checkpoint:
+    """A read-only mapping from tensor names to memory-mapped tensors; of files that share a name the last one wins."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._owner: dict[str, Any] = {}
+        for file in self.files:
+            handle = _open_file(file)
+            self._owner.update(dict.fromkeys(handle.keys(), handle))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __str__(self) -> str:
+        return ", ".join(str(file) for file in self.files)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the tensors."""
+        return self._owner.keys()
+
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor, from the header alone."""
+        return tuple(self._owner[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU in the dtype of the file: a view of the mapped file, not a copy."""
+        tensor: Tensor = self._owner[name].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits: BLAKE2b over each tensor's name, dtype, shape and the first and last 2 KiB of its bytes.
+
+        It tells checkpoints apart without reading them whole; it is no proof against a forger.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._owner):
+            tensor = self.tensor(name)
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(_sample(tensor))
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path | Sequence[Path]) -> Checkpoint:
+    """Opens a safetensors file, several of them merged in order, a sharded checkpoint's index, or a folder with one.
+
+    Raises CheckpointError when there is no such file, when it isn't safetensors, or when it is damaged.
+    """
+    paths = [path] if isinstance(path, Path) else list(path)
+    return Checkpoint([file for entry in paths for file in _resolve(entry)])
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, tuple[str, ...]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    prefix: str = "",
+    ignored: Collection[str] = (),
+) -> None:
+    """Fills `module`, built on the meta device, with tensors of `checkpoint` on `device` in `dtype`.
+
+    `sources` says of which checkpoint tensors each of the module's own is made; several are joined on dimension 0
+    (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a linear layer.
+    A tensor that is on `device` in `dtype` already stays the mapped file. Names under `prefix` belong to this module:
+    one that is neither used nor `ignored` on purpose is an error.
+
+    Raises CheckpointError with the first missing, unexpected and mis-shaped names and the counts of all.
+    """
+    targets = module.state_dict()
+    if targets.keys() != sources.keys():
+        raise ValueError(f"sources and module differ in {sorted(targets.keys() ^ sources.keys())[:_NAMED_KEYS]}")
+    _check_fit(targets, checkpoint, sources, prefix, ignored, type(module).__name__)
+    state = {
+        name: _assemble([checkpoint.tensor(source) for source in sources[name]], target.shape, device, dtype)
+        for name, target in targets.items()
+    }
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
+
+
+def _resolve(path: Path) -> list[Path]:
+    """The safetensors files that `path` stands for."""
+    if path.is_dir():
+        return _resolve(_file_in_folder(path))
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path} is a pickle file, which can run code while it loads, so it is never read; convert it once: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+        )
+    if path.suffix not in {".safetensors", ".json"}:
+        raise CheckpointError(f"{path} has an unknown suffix; give a .safetensors file, an index .json or a folder")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; check the path or download the file first")
+    return _shards(path) if path.suffix == ".json" else [path]
+
+
+def _file_in_folder(folder: Path) -> Path:
+    """The checkpoint of a component's folder: a file with one of the usual names, or the only safetensors file."""
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder} holds {len(found)} .safetensors files and none named {_FOLDER_FILES[0]} or the like; "
+            "name the file or the list of files"
+        )
+    return found[0]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that a `*.safetensors.index.json` lists, all of them present."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of a sharded checkpoint (no weight_map: {error!r})") from error
+    files = [index.parent / name for name in names]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise CheckpointError(f"{index} lists {_first(absent)}, which is not beside it; download the missing shards")
+    return files
+
+
+def _open_file(file: Path) -> Any:
+    """A handle on one safetensors file, its header read and checked against the file's size."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}); it may be cut short or of another format: "
+            "download it again"
+        ) from error
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """The first and last 2 KiB of a tensor's bytes, or all of them if they are no more."""
+    count = _SAMPLE_BYTES // 2 // tensor.element_size()
+    flat = tensor.reshape(-1)
+    sample = torch.cat([flat[:count], flat[max(count, flat.numel() - count) :]])
+    return sample.view(torch.uint8).numpy().tobytes()
+
+
+def _check_fit(
+    targets: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, tuple[str, ...]],
+    prefix: str,
+    ignored: Collection[str],
+    module_name: str,
+) -> None:
+    """Raises one CheckpointError for every name that is missing, unexpected or mis-shaped."""
+    used = set(chain.from_iterable(sources.values()))
+    missing = sorted(used - checkpoint.keys())
+    unexpected = sorted(
+        name for name in checkpoint if name.startswith(prefix) and name not in used and name not in ignored
+    )
+    misshaped = [
+        f"{' + '.join(names)} ({[list(checkpoint.shape(name)) for name in names]} instead of {list(target.shape)})"
+        for target, names in ((targets[own], names) for own, names in sources.items())
+        if checkpoint.keys() >= set(names)
+        and not _fits([checkpoint.shape(name) for name in names], tuple(target.shape))
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    report = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
+    if report:
+        raise CheckpointError(f"{checkpoint} does not fit {module_name}: {report}")
+
+
+def _fits(shapes: Sequence[Shape], target: Shape) -> bool:
+    """Whether tensors of these shapes, joined on dimension 0, are the target up to trailing dimensions of size 1."""
+    tails = {_folded(shape[1:]) for shape in shapes}
+    rows = sum(shape[0] if shape else 1 for shape in shapes)
+    return tails == {_folded(target[1:])} and rows == (target[0] if target else 1)
+
+
+def _folded(shape: Shape) -> Shape:
+    """The shape without its trailing ones."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _assemble(parts: Sequence[Tensor], shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor that `parts` make, on the device in the dtype (integers keep theirs); one part isn't copied on it."""
+    dtype = dtype if parts[0].is_floating_point() else parts[0].dtype
+    if len(parts) == 1:
+        return parts[0].reshape(shape).to(device=device, dtype=dtype)
+    whole = torch.empty(shape, device=device, dtype=dtype)
+    for piece, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
+        piece.copy_(part.reshape(piece.shape))
+    return whole
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - _NAMED_KEYS
+    return ", ".join(names[:_NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

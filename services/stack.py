@@ -1,0 +1,137 @@
+"""`python -m services.stack`: all four services in one process, for one machine.
+
+The stages listen on unix sockets in a private folder, the gateway where the settings say. They are the same services
+as in a cluster and talk gRPC; only tensors take the shorter way (services/common/exchange.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from gateway.service import build_gateway
+from gateway.settings import GatewaySettings
+from safelight.errors import CheckpointError
+from services.common.channels import ChannelPool
+from services.common.exchange import TensorStore
+from services.common.logs import configure_logs
+from services.common.manifest import ManifestError
+from services.common.metrics import Metrics
+from services.common.server import Server, stop_requested
+from services.common.settings import ServerSettings, SettingsError, load_settings, setting
+from services.common.stage import EXIT_BAD_CONFIGURATION, Surroundings
+from services.decoder.service import build_decoder
+from services.decoder.settings import DecoderSettings
+from services.denoiser.service import build_denoiser
+from services.denoiser.settings import DenoiserSettings
+from services.encoder.service import build_encoder
+from services.encoder.settings import EncoderSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSettings(ServerSettings):
+    """What the stack takes beside every server's settings, which are its gateway's."""
+
+    service: ClassVar[str] = "stack"
+
+    listen: str = setting("127.0.0.1:7000", "Address of the gateway: host:port, or unix:/path.")
+    manifest: str = setting("", "YAML file that lists the models (docs/models.md); empty: the demo model.")
+    device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
+    threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
+    batch_cfg: bool = setting(True, "Run the prompt's and the negative prompt's rows in one forward pass.")
+    tile_size: int = setting(64, "Side of a decoder's tile in latent elements.")
+    tile_overlap: int = setting(16, "Latent elements that neighbouring tiles share and blend over.")
+    untiled_area: int = setting(16384, "Largest latent decoded in one pass, in elements of its plane.")
+    stop_with_stdin: bool = setting(False, "Stop when standard input ends: the stack never outlives who started it.")
+
+
+def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
+    """The servers of the stack with their models loaded, in the order in which to start them.
+
+    Raises:
+        CheckpointError: a model's weights can't be loaded.
+        ManifestError: the manifest can't be read.
+    """
+    metrics = Metrics()
+    store = TensorStore(EncoderSettings().lease_seconds, metrics)
+    sockets = {stage: f"unix:{folder}/{stage}.sock" for stage in ("encoder", "denoiser", "decoder")}
+    shared = {"manifest": settings.manifest, "device": settings.device, "threads": settings.threads}
+    encoder = EncoderSettings(listen=sockets["encoder"], **shared)
+    denoiser = DenoiserSettings(listen=sockets["denoiser"], batch_cfg=settings.batch_cfg, **shared)
+    decoder = DecoderSettings(
+        listen=sockets["decoder"],
+        tile_size=settings.tile_size,
+        tile_overlap=settings.tile_overlap,
+        untiled_area=settings.untiled_area,
+        **shared,
+    )
+    gateway = _gateway_settings(settings, sockets)
+    return [
+        Server(build_encoder(encoder, Surroundings(metrics, store, ChannelPool())), encoder, metrics),
+        Server(build_denoiser(denoiser, Surroundings(metrics, store, ChannelPool())), denoiser, metrics),
+        Server(build_decoder(decoder, Surroundings(metrics, store, ChannelPool())), decoder, metrics),
+        Server(build_gateway(gateway, metrics), gateway, metrics),
+    ]
+
+
+def _gateway_settings(settings: StackSettings, sockets: dict[str, str]) -> GatewaySettings:
+    return GatewaySettings(
+        listen=settings.listen,
+        metrics_host=settings.metrics_host,
+        metrics_port=settings.metrics_port,
+        drain_seconds=settings.drain_seconds,
+        reflection=settings.reflection,
+        encoders=(sockets["encoder"],),
+        denoisers=(sockets["denoiser"],),
+        decoders=(sockets["decoder"],),
+    )
+
+
+async def run_stack(servers: Sequence[Server], *, stop_with_stdin: bool) -> None:
+    """Serve until SIGTERM, SIGINT or, if asked for, the end of standard input."""
+    for server in servers:
+        await server.start()
+    sys.stdout.write(f"ready {servers[-1].address}\n")
+    sys.stdout.flush()
+    waits = [asyncio.create_task(stop_requested())]
+    if stop_with_stdin:
+        waits.append(asyncio.create_task(_end_of_stdin()))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for server in reversed(servers):
+        await server.stop()
+
+
+async def _end_of_stdin() -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(sys.stdin.fileno(), 1024):
+            loop.remove_reader(sys.stdin.fileno())
+            ended.set()
+
+    loop.add_reader(sys.stdin.fileno(), read)
+    await ended.wait()
+
+
+def main() -> None:
+    """Exits 2 on a bad configuration."""
+    try:
+        settings = load_settings(StackSettings, sys.argv[1:], os.environ)
+        configure_logs("stack", settings.log_level)
+        with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
+            servers = build_stack(settings, Path(folder))
+            asyncio.run(run_stack(servers, stop_with_stdin=settings.stop_with_stdin))
+    except (SettingsError, ManifestError, CheckpointError) as error:
+        sys.stderr.write(f"safelight: {error}\n")
+        sys.exit(EXIT_BAD_CONFIGURATION)
+
+
+if __name__ == "__main__":
+    main()
