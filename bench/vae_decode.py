@@ -4,7 +4,8 @@
     python bench/vae_decode.py --tiny
 
 Both have the same random weights of Stable Diffusion's sizes. Wall and CPU time are medians over the rounds, after a
-small decode each; memory is the peak of the resident set (of the allocator, on CUDA) during a decode above what it was before.
+small decode each; memory is the peak of the resident set (of the allocator, on CUDA) during a decode, less what was in
+use before.
 """
 
 import argparse
@@ -106,19 +107,26 @@ def _peak_mib(device: torch.device) -> float:
 
 def report(contenders: list[Contender], title: str) -> str:
     """A Markdown table of medians, with ratios to ours."""
-    ours = statistics.median(contenders[0].wall_seconds)
-    lines = [
-        f"{title}",
-        "",
-        "| VAE | wall s (all) | CPU s | peak MiB | wall / ours |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for contender in contenders:
-        wall = statistics.median(contender.wall_seconds)
-        runs = " ".join(f"{seconds:.2f}" for seconds in contender.wall_seconds)
-        cpu, peak = statistics.median(contender.cpu_seconds), statistics.median(contender.peak_mib)
-        lines.append(f"| {contender.name} | {wall:.2f} ({runs}) | {cpu:.2f} | {peak:.0f} | {wall / ours:.2f} |")
+    ours = contenders[0]
+    lines = [title, "", "| VAE | wall s | CPU s | peak MiB | wall / ours | CPU / ours |", "| --- " * 6 + "|"]
+    for each in contenders:
+        wall_ratio = statistics.median(each.wall_seconds) / statistics.median(ours.wall_seconds)
+        cpu_ratio = statistics.median(each.cpu_seconds) / statistics.median(ours.cpu_seconds)
+        cells = (
+            each.name,
+            median_and_all(each.wall_seconds),
+            median_and_all(each.cpu_seconds),
+            f"{statistics.median(each.peak_mib):.0f}",
+            f"{wall_ratio:.2f}",
+            f"{cpu_ratio:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def median_and_all(seconds: list[float]) -> str:
+    """The median, and each run in brackets: a reader sees whether the machine was quiet."""
+    return f"{statistics.median(seconds):.2f} ({' '.join(f'{each:.2f}' for each in seconds)})"
 
 
 def parse_arguments() -> argparse.Namespace:

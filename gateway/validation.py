@@ -68,7 +68,7 @@ def _sampling_violations(request: GenerateRequest, model: ModelDescription) -> I
     sampling, denoiser = request.sampling, model.denoiser
     if request.HasField("sampling") and (sampling.steps < 0 or sampling.steps > denoiser.max_steps):
         yield from check_range("sampling.steps", sampling.steps, 1, denoiser.max_steps)
-    yield from check_range("sampling.min_steps", sampling.min_steps, 0, sampling.steps or denoiser.max_steps)
+    yield from check_range("sampling.min_steps", sampling.min_steps, 0, max(sampling.steps, 0) or denoiser.max_steps)
     yield from _choice("sampling.sampler", sampling.sampler, denoiser.samplers)
     yield from _choice("sampling.schedule", sampling.schedule, denoiser.schedules)
     yield from check_range("guidance.scale", request.guidance.scale, 0, MAX_GUIDANCE_SCALE)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gateway.service import build_gateway
 from gateway.settings import GatewaySettings
@@ -23,7 +23,7 @@ from services.common.exchange import TensorStore
 from services.common.logs import configure_logs
 from services.common.manifest import ManifestError
 from services.common.metrics import Metrics
-from services.common.server import Server, stop_requested
+from services.common.server import BindError, Server, stop_signal
 from services.common.settings import ServerSettings, SettingsError, load_settings, setting
 from services.common.stage import EXIT_BAD_CONFIGURATION, Surroundings
 from services.decoder.service import build_decoder
@@ -61,7 +61,7 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
     metrics = Metrics()
     store = TensorStore(EncoderSettings().lease_seconds, metrics)
     sockets = {stage: f"unix:{folder}/{stage}.sock" for stage in ("encoder", "denoiser", "decoder")}
-    shared = {"manifest": settings.manifest, "device": settings.device, "threads": settings.threads}
+    shared: dict[str, Any] = {"manifest": settings.manifest, "device": settings.device, "threads": settings.threads}
     encoder = EncoderSettings(listen=sockets["encoder"], **shared)
     denoiser = DenoiserSettings(listen=sockets["denoiser"], batch_cfg=settings.batch_cfg, **shared)
     decoder = DecoderSettings(
@@ -95,29 +95,28 @@ def _gateway_settings(settings: StackSettings, sockets: dict[str, str]) -> Gatew
 
 async def run_stack(servers: Sequence[Server], *, stop_with_stdin: bool) -> None:
     """Serve until SIGTERM, SIGINT or, if asked for, the end of standard input."""
+    stop = stop_signal()
+    if stop_with_stdin:
+        _watch_stdin(stop)
     for server in servers:
         await server.start()
     sys.stdout.write(f"ready {servers[-1].address}\n")
     sys.stdout.flush()
-    waits = [asyncio.create_task(stop_requested())]
-    if stop_with_stdin:
-        waits.append(asyncio.create_task(_end_of_stdin()))
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await stop.wait()
     for server in reversed(servers):
         await server.stop()
 
 
-async def _end_of_stdin() -> None:
-    ended = asyncio.Event()
+def _watch_stdin(stop: asyncio.Event) -> None:
+    """Sets `stop` when standard input ends."""
     loop = asyncio.get_running_loop()
 
     def read() -> None:
         if not os.read(sys.stdin.fileno(), 1024):
             loop.remove_reader(sys.stdin.fileno())
-            ended.set()
+            stop.set()
 
     loop.add_reader(sys.stdin.fileno(), read)
-    await ended.wait()
 
 
 def main() -> None:
@@ -128,7 +127,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
             servers = build_stack(settings, Path(folder))
             asyncio.run(run_stack(servers, stop_with_stdin=settings.stop_with_stdin))
-    except (SettingsError, ManifestError, CheckpointError) as error:
+    except (SettingsError, ManifestError, CheckpointError, BindError) as error:
         sys.stderr.write(f"safelight: {error}\n")
         sys.exit(EXIT_BAD_CONFIGURATION)
 

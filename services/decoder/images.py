@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
+from threading import Lock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
@@ -108,11 +109,11 @@ def read_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS) -> Tensor:
     if len(data) > limits.max_bytes:
         raise PictureError(f"the picture file has {len(data)} bytes and may have {limits.max_bytes}")
     with _reading("picture"):
-        image = _open(data)
+        image, turn = _open_turned(data)
         width, height = image.size
         if width * height > limits.max_pixels:
             raise PictureError(f"the picture has {width}x{height} pixels and may have {limits.max_pixels}")
-        pixels = np.array(_on_white(_eight_bit(ImageOps.exif_transpose(image))))
+        pixels = np.array(_on_white(_eight_bit(image if turn is None else image.transpose(turn))))
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float().div_(127.5).sub_(1)
 
 
@@ -121,7 +122,7 @@ def read_parameters(data: bytes) -> dict[str, object] | None:
 
     Raises PictureError if `data` is no picture file or its parameters are malformed.
     """
-    with _reading("parameters of the picture"):
+    with _reading("parameters of the picture"), _quietly():
         image = _open(data)
         if "safelight" in image.info:
             return dict(json.loads(image.info["safelight"]))
@@ -180,6 +181,18 @@ _READERS: Mapping[bytes, Callable[[io.BytesIO], ImageFile]] = {
     b"RIFF": WebPImageFile,
 }
 
+_QUIET = Lock()
+
+_UPRIGHT = {  # value of the EXIF tag Orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -201,13 +214,27 @@ def _open(data: bytes) -> ImageFile:
     raise PictureError("a picture file must be PNG, JPEG or WebP")
 
 
+def _open_turned(data: bytes) -> tuple[ImageFile, Image.Transpose | None]:
+    """A picture file, its pixels not yet decoded, and what turns them upright."""
+    with _quietly():
+        image = _open(data)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+        return image, _UPRIGHT.get(orientation)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Mutes what Pillow warns of, which is damaged EXIF; one at a time, because all threads share the filters."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns whatever Pillow raises on a broken file into a PictureError, and mutes what it warns of: damaged EXIF."""
+    """Turns whatever Pillow raises on a broken file into a PictureError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except PictureError:
         raise
     except _PILLOW_ERRORS as error:

@@ -76,7 +76,7 @@ def _forward(model: Denoiser, rows: Sequence[tuple[DenoiseJob, Any]]) -> tuple[T
     """One forward pass of (job, conditioning) rows; epsilon of each, with a batch axis of 1."""
     latents = torch.cat([_model_input(job) for job, _ in rows])
     timesteps = torch.tensor([job.plan.timesteps[job.state.step_index] for job, _ in rows], device=latents.device)
-    return model.predict(latents, timesteps, [conditioning for _, conditioning in rows]).split(1)
+    return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)
 
 
 def _model_input(job: DenoiseJob) -> Tensor:

@@ -1,8 +1,8 @@
 """Which requests take the next step together: pure, without torch or a clock.
 
-The batch is re-formed before every step. Requests enter in order of arrival, up to `max_running` at a time; among those,
-the one that has waited longest since its last step goes next, and others of its batch key share its forward pass while
-rows last. So a short request never waits for a long one to end, and none starves.
+The batch is re-formed before every step. Requests enter in order of arrival, up to `max_running` at a time. Among
+these, the one that has waited longest since its last step goes next, and others of its batch key share its forward
+pass while rows last. So a short request never waits for a long one to end, and none starves.
 """
 
 from __future__ import annotations

@@ -98,9 +98,8 @@ class Conv2d(nn.Conv2d):
 @cache
 def can_pack(device_type: str, dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN has fast packed layers for the dtype."""
-    if device_type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if device_type != "cpu" or not is_x86 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CLIP_TOKENIZER = Path(__file__).resolve().parents[2] / "services" / "encoder" / "tokenizers" / "clip"
-WIDTH = 32
+WIDTH = 64
 
 
 def save_tiny_sd15(folder: Path, seed: int = 0) -> Path:
@@ -62,9 +62,9 @@ def _tiny_clip() -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             hidden_size=WIDTH,
-            intermediate_size=64,
+            intermediate_size=128,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=1,
             vocab_size=49408,
             max_position_embeddings=77,
             bos_token_id=49406,

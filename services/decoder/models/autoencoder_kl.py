@@ -70,7 +70,8 @@ class ResnetBlock(TensorModule):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(norm_silu(self.norm1, x))
-        return self.conv2(norm_silu(self.norm2, hidden), residual=self.conv_shortcut(x))
+        hidden = self.conv2(norm_silu(self.norm2, hidden))
+        return hidden.add_(self.conv_shortcut(x))  # in place: at the finest level a further map would set the peak
 
 
 class AttentionBlock(TensorModule):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError
+from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import ModelEntry
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
@@ -51,7 +52,7 @@ class SD15Denoiser:
         dtype = resolve_dtype(entry.denoiser.dtype, device)
         unet = load_sd_unet(source.checkpoint, source.config, device=device, dtype=dtype)
         scheduler_config = read_json(Path(entry.path) / "scheduler" / "scheduler_config.json")
-        noise_schedule = NoiseSchedule.from_config(scheduler_config) if scheduler_config else NoiseSchedule()
+        noise_schedule = _noise_schedule(scheduler_config) if scheduler_config else NoiseSchedule()
         sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
         return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size)
 
@@ -98,3 +99,18 @@ class SD15Denoiser:
     def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[ContextKV]) -> Tensor:
         """Epsilon of each row: latents [B, C, H, W] scaled to unit variance, timesteps [B]."""
         return self._unet(latents.to(self.dtype), timesteps, stack_context(rows))
+
+
+def _noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """What a diffusers scheduler_config.json says of the training.
+
+    Raises:
+        CheckpointError: the model predicts something else than epsilon, or has other betas.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise CheckpointError(f"scheduler_config.json: prediction_type is {prediction!r}; only 'epsilon' is served")
+    try:
+        return NoiseSchedule.from_config(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

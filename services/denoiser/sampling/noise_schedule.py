@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
@@ -29,7 +30,7 @@ _FIXED_BETA_OPTIONS: dict[str, tuple[object, object]] = {
 class NoiseSchedule:
     """Scaled-linear betas (Rombach et al. 2022); the defaults are those of Stable Diffusion 1.x and SDXL.
 
-    Everything is float64: at timestep 0, float32 loses two digits of 1 - abar.
+    Everything after the training sigmas is float64.
     """
 
     beta_start: float = 0.00085
@@ -54,9 +55,13 @@ class NoiseSchedule:
 
     @cached_property
     def log_sigmas(self) -> Float64Array:
-        """[num_train_timesteps], ascending: the logarithm of each training timestep's sigma."""
-        betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
-        alphas_cumprod = np.cumprod(1.0 - betas)
+        """[num_train_timesteps], ascending: the logarithm of each training timestep's sigma.
+
+        The betas and their products are float32, as in every reference implementation: 1 - abar loses two digits at
+        timestep 0, which moves sigma_min by 1.3e-5 of itself, and published pictures were made with that sigma_min.
+        """
+        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps, dtype=torch.float32)
+        alphas_cumprod = torch.cumprod(1.0 - roots**2, dim=0).double().numpy()
         return np.asarray(0.5 * np.log((1.0 - alphas_cumprod) / alphas_cumprod), dtype=np.float64)
 
     @property

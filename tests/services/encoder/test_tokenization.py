@@ -78,7 +78,7 @@ def test_the_vocabulary_makes_long_tokens(tokenizer: ClipTokenizer) -> None:
 
 def test_a_prompt_that_fits_is_whole(tokenizer: ClipTokenizer) -> None:
     prompt = tokenizer("a lighthouse")
-    assert (prompt.tokens, prompt.kept, prompt.cut_off) == (2, 2, "")
+    assert (prompt.tokens, prompt.token_count, prompt.kept, prompt.cut_off) == (2, 4, 2, "")
     assert len(prompt.ids) == LENGTH
 
 

@@ -1,0 +1,81 @@
+"""Laws of the manifest: every documented field is read, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.common.manifest import DEMO_MODEL, Component, ManifestError, ModelEntry, load_manifest
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "models.yaml"
+
+
+def test_without_a_file_there_is_the_demo_model() -> None:
+    assert load_manifest("") == (DEMO_MODEL,)
+
+
+def test_every_field_is_read(file: Path) -> None:
+    file.write_text("""
+models:
+  - name: majicflus
+    path: /weights/majicmix.safetensors
+    family: sd15
+    tokenizer: /weights/tokenizer
+    encoder: {dtype: float16}
+    denoiser: {dtype: bfloat16, path: /weights/unet.safetensors}
+    decoder: {path: /weights/vae.safetensors, dtype: float32}
+  - name: plain
+    path: /weights/plain
+""")
+    majicflus = ModelEntry(
+        name="majicflus",
+        path="/weights/majicmix.safetensors",
+        family="sd15",
+        tokenizer="/weights/tokenizer",
+        encoder=Component(dtype="float16"),
+        denoiser=Component(dtype="bfloat16", path="/weights/unet.safetensors"),
+        decoder=Component(path="/weights/vae.safetensors", dtype="float32"),
+    )
+    assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "must have a list 'models' with at least one entry"),
+        ("models:", "must have a list 'models'"),
+        ("models: []", "must have a list 'models'"),
+        ("models: {name: a}", "must have a list 'models'"),
+        ("- name: a", "must have a list 'models'"),
+        ("models: [", "can't be read"),
+        ("models: [a]", r"models\[0\]: must be a mapping"),
+        ("models: [{name: a, path: b}, {path: b}]", r"models\[1\]: 'name' is missing"),
+        ("models: [{name: a}]", r"models\[0\]: 'path' is missing"),
+        ("models: [{}]", r"models\[0\]: 'name' is missing"),
+        ("models: [{name: '', path: b}]", r"models\[0\]: 'name' is missing"),
+        ("models: [{name: a, path: b, dtype: float16}]", r"models\[0\]: 'dtype' is not a field; there are name, path"),
+        ("models: [{name: 15, path: b}]", r"models\[0\]\.name: 15 must be a text"),
+        ("models: [{name: a, path: }]", r"models\[0\]\.path: None must be a text"),
+        ("models: [{name: a, path: b, encoder: float16}]", r"models\[0\]\.encoder: must be a mapping"),
+        ("models: [{name: a, path: b, encoder: {size: 1}}]", r"models\[0\]\.encoder: 'size' is not a field"),
+        ("models: [{name: a, path: b, encoder: {dtype: 16}}]", r"models\[0\]\.encoder\.dtype: 16 must be a text"),
+        ("models: [{name: a, path: b, decoder: {dtype: fp16}}]", r"decoder\.dtype: 'fp16' is not one of auto, float32"),
+        ("models: [{name: a, path: b}, {name: a, path: c}]", "two models have one name among a, a"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(file: Path, content: str, sentence: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ManifestError, match=rf"^manifest {file}: .*{sentence}"):
+        load_manifest(str(file))
+
+
+def test_a_file_that_is_not_there_or_is_no_text_is_named(file: Path) -> None:
+    with pytest.raises(ManifestError, match=f"^manifest {file}: can't be read"):
+        load_manifest(str(file))
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ManifestError, match=f"^manifest {file}: can't be read"):
+        load_manifest(str(file))

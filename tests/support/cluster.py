@@ -1,0 +1,106 @@
+"""A whole deployment inside a test: every replica is a server with leases of its own, as on machines of their own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gateway.service import build_gateway
+from gateway.settings import GatewaySettings
+from safelight import AsyncClient
+from services.common.metrics import Metrics
+from services.common.server import Server, Service
+from services.common.settings import StageSettings
+from services.common.stage import Surroundings, make_surroundings
+from services.decoder.service import build_decoder
+from services.decoder.settings import DecoderSettings
+from services.denoiser.service import build_denoiser
+from services.denoiser.settings import DenoiserSettings
+from services.encoder.service import build_encoder
+from services.encoder.settings import EncoderSettings
+
+Stage = TypeVar("Stage", bound=StageSettings)
+
+
+@dataclass
+class Cluster:
+    """The servers of a deployment, and a client of its gateway."""
+
+    encoders: list[Server] = field(default_factory=list)
+    denoisers: list[Server] = field(default_factory=list)
+    decoders: list[Server] = field(default_factory=list)
+    gateway: Server | None = None
+    client: AsyncClient | None = None
+
+    @property
+    def servers(self) -> list[Server]:
+        """All of them, in the order in which they were started."""
+        return [*self.encoders, *self.denoisers, *self.decoders, *([self.gateway] if self.gateway else [])]
+
+    def total(self, metric: str, **labels: str) -> float:
+        """Sum of a metric's samples over all servers."""
+        registries = [server.metrics.registry for server in self.servers]
+        return sum(
+            sample.value
+            for registry in registries
+            for family in registry.collect()
+            for sample in family.samples
+            if sample.name == metric and labels.items() <= sample.labels.items()
+        )
+
+
+@asynccontextmanager
+async def run_cluster(
+    manifest: str,
+    *,
+    encoders: int = 1,
+    denoisers: int = 1,
+    decoders: int = 1,
+    denoiser: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+    gateway: dict[str, Any] | None = None,
+) -> AsyncIterator[Cluster]:
+    """Start a deployment; dictionaries are settings beside the usual ones."""
+    cluster = Cluster()
+    try:
+        shared: dict[str, Any] = {"manifest": manifest, "drain_seconds": 0.0, "device": "cpu"}
+        for _ in range(encoders):
+            cluster.encoders.append(await _start(EncoderSettings(**shared), build_encoder))
+        for _ in range(denoisers):
+            cluster.denoisers.append(await _start(DenoiserSettings(**shared, **(denoiser or {})), build_denoiser))
+        for _ in range(decoders):
+            cluster.decoders.append(await _start(DecoderSettings(**shared, **(decoder or {})), build_decoder))
+        cluster.gateway = await _start_gateway(cluster, gateway or {})
+        cluster.client = AsyncClient(cluster.gateway.address)
+        yield cluster
+    finally:
+        if cluster.client is not None:
+            await cluster.client.close()
+        for server in reversed(cluster.servers):
+            await server.stop()
+
+
+async def _start(settings: Stage, build: Callable[[Stage, Surroundings], Service]) -> Server:
+    surroundings = make_surroundings(settings)
+    server = Server(build(settings, surroundings), settings, surroundings.metrics)
+    await server.start()
+    return server
+
+
+async def _start_gateway(cluster: Cluster, settings: dict[str, Any]) -> Server:
+    metrics = Metrics()
+    gateway = GatewaySettings(
+        encoders=_addresses(cluster.encoders),
+        denoisers=_addresses(cluster.denoisers),
+        decoders=_addresses(cluster.decoders),
+        **{"drain_seconds": 0.0, "health_interval_seconds": 0.1, **settings},
+    )
+    server = Server(build_gateway(gateway, metrics), gateway, metrics)
+    await server.start()
+    return server
+
+
+def _addresses(servers: Sequence[Server]) -> tuple[str, ...]:
+    return tuple(server.address for server in servers)
