@@ -21,6 +21,8 @@ from services.common.metrics import Metrics
 
 _log = logging.getLogger("safelight.replicas")
 _PROBE_SECONDS = 2.0
+# A replica that refuses a probe is gone; one that is slow to answer may be busy, and is left out only after so many.
+_SLOW_PROBES = 3
 _DNS_PREFIX = "dns:///"
 
 
@@ -31,7 +33,8 @@ class Replica:
     Args:
         address: gRPC target.
         channel: connection to it.
-        healthy: whether its last probe, and every call since, went through.
+        healthy: whether it may be given work.
+        slow_probes: probes in a row that got no answer in time.
         outstanding: work given to it and not yet ended, in the stage's own unit.
         models: what it serves.
     """
@@ -39,6 +42,7 @@ class Replica:
     address: str
     channel: grpc.aio.Channel
     healthy: bool = False
+    slow_probes: int = 0
     outstanding: float = 0.0
     models: dict[str, ModelDescription] = field(default_factory=dict)
 
@@ -138,11 +142,15 @@ class ReplicaSet:
         try:
             health: Any = health_pb2_grpc.HealthStub(replica.channel)  # its stubs do not name the calls
             status = await health.Check(health_pb2.HealthCheckRequest(), timeout=_PROBE_SECONDS)
-            replica.healthy = status.status == health_pb2.HealthCheckResponse.SERVING
-            if replica.healthy:
+            if status.status == health_pb2.HealthCheckResponse.SERVING:
                 await self._read_models(replica)
-        except grpc.aio.AioRpcError:
-            replica.healthy = False
+                replica.healthy, replica.slow_probes = True, 0
+            else:
+                replica.healthy = False
+        except grpc.aio.AioRpcError as error:
+            slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            replica.slow_probes = replica.slow_probes + 1 if slow else 0
+            replica.healthy &= slow and replica.slow_probes < _SLOW_PROBES
         if replica.healthy != was_healthy:
             _log.info("replica changed", extra={"replica": replica.address, "healthy": replica.healthy})
 

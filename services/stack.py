@@ -7,6 +7,7 @@ as in a cluster and talk gRPC; only tensors take the shorter way (services/commo
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
@@ -33,14 +34,18 @@ from services.denoiser.settings import DenoiserSettings
 from services.encoder.service import build_encoder
 from services.encoder.settings import EncoderSettings
 
+EXIT_BAD_CHECKPOINT = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class StackSettings(ServerSettings):
     """What the stack takes beside every server's settings, which are its gateway's."""
 
     service: ClassVar[str] = "stack"
+    command: ClassVar[str] = "safelight up"
 
     listen: str = setting("127.0.0.1:7000", "Address of the gateway: host:port, or unix:/path.")
+    model: str = setting("", "In place of a manifest, the weights of one model: a file, or a diffusers folder.")
     manifest: str = setting("", "YAML file that lists the models (docs/models.md); empty: the demo model.")
     device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
@@ -48,7 +53,6 @@ class StackSettings(ServerSettings):
     tile_size: int = setting(64, "Side of a decoder's tile in latent elements.")
     tile_overlap: int = setting(16, "Latent elements that neighbouring tiles share and blend over.")
     untiled_area: int = setting(16384, "Largest latent decoded in one pass, in elements of its plane.")
-    stop_with_stdin: bool = setting(False, "Stop when standard input ends: the stack never outlives who started it.")
 
 
 def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
@@ -57,11 +61,13 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
     Raises:
         CheckpointError: a model's weights can't be loaded.
         ManifestError: the manifest can't be read.
+        SettingsError: both a model and a manifest are given.
     """
     metrics = Metrics()
     store = TensorStore(EncoderSettings().lease_seconds, metrics)
     sockets = {stage: f"unix:{folder}/{stage}.sock" for stage in ("encoder", "denoiser", "decoder")}
-    shared: dict[str, Any] = {"manifest": settings.manifest, "device": settings.device, "threads": settings.threads}
+    manifest = _manifest(settings, folder)
+    shared: dict[str, Any] = {"manifest": manifest, "device": settings.device, "threads": settings.threads}
     encoder = EncoderSettings(listen=sockets["encoder"], **shared)
     denoiser = DenoiserSettings(listen=sockets["denoiser"], batch_cfg=settings.batch_cfg, **shared)
     decoder = DecoderSettings(
@@ -80,6 +86,18 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
     ]
 
 
+def _manifest(settings: StackSettings, folder: Path) -> str:
+    """The path of the manifest; one is written for a model that is given by its path alone."""
+    if not settings.model:
+        return settings.manifest
+    if settings.manifest:
+        raise SettingsError("model, manifest: give one of the two")
+    path = Path(settings.model).resolve()
+    manifest = folder / "manifest.yaml"  # JSON is YAML
+    manifest.write_text(json.dumps({"models": [{"name": path.stem, "path": str(path)}]}), encoding="utf-8")
+    return str(manifest)
+
+
 def _gateway_settings(settings: StackSettings, sockets: dict[str, str]) -> GatewaySettings:
     return GatewaySettings(
         listen=settings.listen,
@@ -93,11 +111,9 @@ def _gateway_settings(settings: StackSettings, sockets: dict[str, str]) -> Gatew
     )
 
 
-async def run_stack(servers: Sequence[Server], *, stop_with_stdin: bool) -> None:
-    """Serve until SIGTERM, SIGINT or, if asked for, the end of standard input."""
+async def run_stack(servers: Sequence[Server]) -> None:
+    """Serve until SIGTERM or SIGINT."""
     stop = stop_signal()
-    if stop_with_stdin:
-        _watch_stdin(stop)
     for server in servers:
         await server.start()
     sys.stdout.write(f"ready {servers[-1].address}\n")
@@ -107,29 +123,23 @@ async def run_stack(servers: Sequence[Server], *, stop_with_stdin: bool) -> None
         await server.stop()
 
 
-def _watch_stdin(stop: asyncio.Event) -> None:
-    """Sets `stop` when standard input ends."""
-    loop = asyncio.get_running_loop()
-
-    def read() -> None:
-        if not os.read(sys.stdin.fileno(), 1024):
-            loop.remove_reader(sys.stdin.fileno())
-            stop.set()
-
-    loop.add_reader(sys.stdin.fileno(), read)
-
-
 def main() -> None:
-    """Exits 2 on a bad configuration."""
+    """Exits 2 on a bad configuration, 3 when a model's weights can't be loaded."""
     try:
         settings = load_settings(StackSettings, sys.argv[1:], os.environ)
         configure_logs("stack", settings.log_level)
         with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
             servers = build_stack(settings, Path(folder))
-            asyncio.run(run_stack(servers, stop_with_stdin=settings.stop_with_stdin))
-    except (SettingsError, ManifestError, CheckpointError, BindError) as error:
-        sys.stderr.write(f"safelight: {error}\n")
-        sys.exit(EXIT_BAD_CONFIGURATION)
+            asyncio.run(run_stack(servers))
+    except (SettingsError, ManifestError, BindError) as error:
+        _exit(EXIT_BAD_CONFIGURATION, error)
+    except CheckpointError as error:
+        _exit(EXIT_BAD_CHECKPOINT, error)
+
+
+def _exit(code: int, error: Exception) -> None:
+    sys.stderr.write(f"safelight: {error}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +17,11 @@ from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
 from safelight.v1.encoder_service_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
 from services.common.request_context import Context
 from services.common.server import Server, Service
-from services.common.settings import ServerSettings
+from services.common.settings import ServerSettings, StageSettings
+from services.common.stage import Surroundings
 
 Encode = Callable[[EncodeRequest], Awaitable[EncodeResponse]]
-Denoise = Callable[[DenoiseRequest], AsyncIterator[DenoiseResponse]]
+Denoise = Callable[[DenoiseRequest], AsyncGenerator[DenoiseResponse, None]]
 ENCODE, DENOISE = "safelight.v1.EncoderService/Encode", "safelight.v1.DenoiserService/Denoise"
 AT_ONCE = ServerSettings(drain_seconds=0.0)
 """Settings of a server that ends its calls when it stops."""
@@ -39,6 +41,15 @@ class Serve(Protocol):
     async def __call__(self, service: Service, settings: ServerSettings = AT_ONCE) -> Running: ...
 
 
+BuildStage = Callable[[Any, Surroundings], Service]
+
+
+class StartStage(Protocol):
+    """The `start_stage` fixture: starts a real stage on a free port; it is stopped when the test ends."""
+
+    async def __call__(self, settings: StageSettings, build: BuildStage) -> Running: ...
+
+
 class _Encoder(EncoderServiceServicer):
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
@@ -52,8 +63,9 @@ class _Denoiser(DenoiserServiceServicer):
         self._denoise = denoise
 
     async def Denoise(self, request: DenoiseRequest, context: Context) -> AsyncIterator[DenoiseResponse]:
-        async for response in self._denoise(request):
-            yield response
+        async with aclosing(self._denoise(request)) as responses:
+            async for response in responses:
+                yield response
 
 
 def unary(encode: Encode, models: Sequence[str] = ()) -> Service:

@@ -222,12 +222,12 @@ class TensorReader:
 
     @staticmethod
     def _explain(error: grpc.aio.AioRpcError, lease: TensorLease, field: str) -> SafelightError:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # gone, or stopped in the middle
-            return StageUnavailableError(
-                f"{field}: its holder at {lease.endpoint} can't be reached: run that stage again",
-                endpoint=lease.endpoint,
-            )
-        return from_rpc_error(error)
+        known = from_rpc_error(error)
+        if not isinstance(known, StageUnavailableError):
+            return known
+        return StageUnavailableError(
+            f"{field}: its holder at {lease.endpoint} can't be reached: run that stage again", endpoint=lease.endpoint
+        )
 
     def _received(self, ref: TensorRef, payload: Payload, path: str, field: str) -> Payload:
         data = payload.buffer()

@@ -42,6 +42,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns when no wrapped call is running."""
+        await self._idle.wait()
 
     async def intercept_service(
         self,
@@ -92,6 +99,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = _Call(method, time.monotonic())
         running = self._metrics.requests_running.labels(method)
         running.inc()
+        self._running += 1
+        self._idle.clear()
         try:
             yield call
         except (asyncio.CancelledError, GeneratorExit):
@@ -99,6 +108,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
         finally:
             running.dec()
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
             self._record(call)
 
     def _record(self, call: _Call) -> None:

@@ -2,7 +2,7 @@
 
 models:
   - name: majicflus
-    path: /weights/majicmix.safetensors   # a single file, or a folder in the diffusers layout
+    path: /weights/majicmix.safetensors   # a file, a list of files, or a folder in the diffusers layout
     encoder: {dtype: float16}              # optional, a stage each: dtype, and a path of its own
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
@@ -22,6 +22,9 @@ DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
+WeightsPath = str | tuple[str, ...]
+"""A file or folder, or several files that are one checkpoint, of which the later go before the earlier."""
+
 
 class ManifestError(Exception):
     """The manifest can't be read; the message names the file and the entry."""
@@ -36,8 +39,13 @@ class Component:
         dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU.
     """
 
-    path: str = ""
+    path: WeightsPath = ""
     dtype: str = "auto"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of the weights; none if they are in the model's own path."""
+        return _paths(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +54,27 @@ class ModelEntry:
 
     Args:
         name: what requests call it.
-        path: a single file or a folder in the diffusers layout.
+        path: a single file, several that make one, or a folder in the diffusers layout.
         family: "sd15" …; empty: told by the keys of the weights.
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
     """
 
     name: str
-    path: str
+    path: WeightsPath
     family: str = ""
     tokenizer: str = ""
     encoder: Component = Component()
     denoiser: Component = Component()
     decoder: Component = Component()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of the weights, at least one; a folder in the diffusers layout is the only one."""
+        return _paths(self.path)
+
+
+def _paths(path: WeightsPath) -> tuple[Path, ...]:
+    return tuple(map(Path, [path] if isinstance(path, str) else path)) if path else ()
 
 
 DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH))
@@ -108,9 +125,18 @@ def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
     known = [field.name for field in fields(cls)]
     if unknown := [name for name in entry if name not in known]:
         raise ManifestError(f"{where}: '{unknown[0]}' is not a field; there are {', '.join(known)}")
-    if wrong := [name for name in entry if name not in _STAGES and not isinstance(entry[name], str)]:
-        raise ManifestError(f"{where}.{wrong[0]}: {entry[wrong[0]]!r} must be a text; put it in quotes")
-    return dict(entry)
+    return {name: value if name in _STAGES else _text(name, value, f"{where}.{name}") for name, value in entry.items()}
+
+
+def _text(name: str, value: object, where: str) -> WeightsPath:
+    """The value, if it is a text or, for a path, a list of them."""
+    if isinstance(value, str):
+        return value
+    if name != "path":
+        raise ManifestError(f"{where}: {value!r} must be a text; put it in quotes")
+    if not isinstance(value, list) or not all(isinstance(path, str) and path for path in value):
+        raise ManifestError(f"{where}: {value!r} must be a text, or a list of texts")
+    return tuple(value)
 
 
 def _refuse_duplicates(path: str, models: tuple[ModelEntry, ...]) -> None:

@@ -51,6 +51,10 @@ class Service:
     close: Callable[[], Awaitable[None]] | None = None
 
 
+_SETTLE_SECONDS = 0.1
+_FLUSH_SECONDS = 0.5
+
+
 @dataclass
 class Server:
     """One running gRPC server."""
@@ -61,6 +65,7 @@ class Server:
     address: str = ""
     metrics_port: int = -1
     _grpc: grpc.aio.Server = field(init=False)
+    _calls: CallInterceptor = field(init=False)
     _health: health.aio.HealthServicer = field(init=False)
 
     async def start(self) -> None:
@@ -69,7 +74,8 @@ class Server:
         Raises:
             BindError: an address can't be listened on.
         """
-        self._grpc = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)], options=_SERVER_OPTIONS)
+        self._calls = CallInterceptor(self.metrics)
+        self._grpc = grpc.aio.server(interceptors=[self._calls], options=_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         for mount in self.service.mounts.values():
@@ -105,11 +111,21 @@ class Server:
     async def stop(self) -> None:
         """Report unhealthy, take nothing new, let running calls end within the drain time, then close."""
         await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(self.settings.drain_seconds)
+        await self._drain()
         if self.service.close is not None:
             await self.service.close()
         await asyncio.to_thread(self.metrics.close)
         _log.info("stopped", extra={"address": self.address})
+
+    async def _drain(self) -> None:
+        """Wait for the running calls only: gRPC alone would wait for those who watch the health, who never end."""
+        stopping = asyncio.ensure_future(self._grpc.stop(self.settings.drain_seconds))
+        idle = asyncio.ensure_future(self._calls.idle())
+        await asyncio.wait((stopping,), timeout=_SETTLE_SECONDS)  # calls that came in just before have begun then
+        await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        await self._grpc.stop(_FLUSH_SECONDS)  # the last answers may still be on their way
+        await stopping
 
 
 def _bound_address(listen: str, port: int) -> str:

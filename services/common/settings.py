@@ -31,6 +31,7 @@ class ServerSettings:
     """What every server takes."""
 
     service: ClassVar[str]
+    command: ClassVar[str] = "safelight {service} serve"
 
     listen: str = setting("127.0.0.1:0", "Address of the gRPC server: host:port, or unix:/path.")
     advertise: str = setting("", "Address that other services reach this one at; empty: the listen address.")
@@ -80,7 +81,7 @@ def setting_fields(cls: type[ServerSettings]) -> tuple[Field[Any], ...]:
 
 
 def _parser(cls: type[ServerSettings]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"safelight {cls.service} serve", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=cls.command.format(service=cls.service), allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with settings")
     for each in setting_fields(cls):
         parser.add_argument(_flag(each.name), dest=each.name, help=f"{each.metadata['help']} (default: {each.default})")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from services.modeling.layers import can_pack, pack_linear_weight, packed_linear
+from services.modeling.packing import can_pack, pack_linear_weight, packed_linear
 
 _MIN_LENGTH = 1024  # below it the preparation costs more than it saves
 _ROWS = 512  # queries to a block: its logits stay in the CPU's cache
@@ -38,7 +38,7 @@ _SUM_SLOPE = 3.0
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v per head. q: [B, L, H*D], k and v: [B, S, H*D] -> [B, L, H*D]."""
     q_BHLD, k_BHSD, v_BHSD = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-    if can_pack(q.device.type, q.dtype) and min(q.shape[1], k.shape[1]) >= _MIN_LENGTH:
+    if q.dtype == torch.bfloat16 and can_pack(q.device.type, q.dtype) and min(q.shape[1], k.shape[1]) >= _MIN_LENGTH:
         return _fused_attention(q_BHLD, k_BHSD, v_BHSD)
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2).flatten(2)
 
@@ -62,8 +62,8 @@ def _shifted_logit_factors(q_HLD: Tensor, k_HSD: Tensor) -> tuple[Tensor, Tensor
     (heads, length, width), keys = q_HLD.shape, k_HSD.shape[1]
     k = k_HSD.float()
     k = (k - k.mean(1, keepdim=True)) / math.sqrt(width)  # takes a constant off each row of logits
-    q = q_HLD.float()
-    deviation = ((q @ (k.mT @ k / keys)) * q).sum(-1).clamp(min=0).sqrt()
+    covariance = (k.mT @ k / keys).to(q_HLD.dtype)
+    deviation = (q_HLD @ covariance).mul_(q_HLD).sum(-1, dtype=torch.float32).clamp_(min=0).sqrt_()
     q_HLW = q_HLD.new_zeros(heads, length, _padded(width))
     q_HLW[..., :width] = q_HLD
     q_HLW[..., width] = _AIM - math.log(keys) - _SUM_SLOPE * deviation
@@ -76,13 +76,14 @@ def _shifted_logit_factors(q_HLD: Tensor, k_HSD: Tensor) -> tuple[Tensor, Tensor
 def _values_and_ones(v_HSD: Tensor) -> Tensor:
     """Values as [H, W, S]; the columns beyond D hold ones and so yield the sums of the exponentials.
 
-    Each of them sums over another part of the keys: their own roundings average out in bfloat16.
+    Each of them sums over another part of the keys, so that their roundings to bfloat16 average out.
     """
     heads, keys, width = v_HSD.shape
-    v_HWS = v_HSD.new_zeros(heads, _padded(width), keys)
+    spare = _padded(width) - width
+    v_HWS = v_HSD.new_zeros(heads, width + spare, keys)
     v_HWS[:, :width] = v_HSD.mT
-    for column, part in enumerate(torch.arange(keys).tensor_split(_padded(width) - width), width):
-        v_HWS[:, column, part] = 1
+    for part in range(spare):
+        v_HWS[:, width + part, part::spare] = 1
     return v_HWS
 
 

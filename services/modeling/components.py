@@ -44,7 +44,10 @@ def open_component(entry: ModelEntry, component: Component, folder: str) -> Sour
     Raises:
         CheckpointError: the path does not exist, or holds no weights of a known layout.
     """
-    path = _existing(entry, Path(component.path or entry.path))
+    paths = [_existing(entry, path) for path in component.paths or entry.paths]
+    if len(paths) > 1:
+        return Source(open_checkpoint(paths), None)
+    path = paths[0]
     if path.is_dir() and not component.path:
         path = _existing(entry, path / folder)
     return Source(open_checkpoint(path), read_json(path / "config.json") if path.is_dir() else None)
@@ -66,13 +69,13 @@ def detect_family(entry: ModelEntry) -> str:
     """
     if entry.family:
         return entry.family
-    path = _existing(entry, Path(entry.path))
+    path, *others = (_existing(entry, path) for path in entry.paths)
     if path.is_dir():
         pipeline = (read_json(path / "model_index.json") or {}).get("_class_name", "")
         family = _PIPELINE_FAMILIES.get(pipeline)
         what = f"pipeline {pipeline!r}" if pipeline else "a folder without model_index.json"
     else:
-        family, what = _family_of_keys(open_checkpoint(path))
+        family, what = _family_of_keys(open_checkpoint([path, *others]))
     if family is None:
         raise CheckpointError(
             f"model {entry.name!r}: {path} is {what}; this release serves {', '.join(_FAMILY_KEYS)}", file=str(path)

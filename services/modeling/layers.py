@@ -1,26 +1,26 @@
-"""Linear and convolution layers for inference, whose weights can be packed for the CPU.
+"""Linear and convolution layers for inference. `pack_weights` gives them what is fastest on the machine's CPU.
 
-oneDNN computes with weights in blocks of its own. torch's operators bring a weight into that form on every call, which
-for SD 1.5's convolutions at 8 x 8 takes as long as the convolution; `pack_weights` does it once. Packed layers also
-apply what follows the product (bias, residual, GELU, gate) to its float32 sums, before the only rounding. The operators
-are those that torch's own compiler emits for frozen models (`torch.ops.mkldnn`).
-
-A packed weight is an opaque tensor; `weight.to_dense()` gives the original back, bit for bit.
+An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Literal
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# oneDNN chooses the blocks for a number of rows or a size of picture; measured, these do for larger and smaller ones.
-_TYPICAL_ROWS = 4096
-_TYPICAL_SIZE = 64
+from services.modeling.packing import (
+    ConvGeometry,
+    can_pack,
+    pack_conv2d_weight,
+    pack_linear_weight,
+    packed_conv2d,
+    packed_linear,
+)
+from services.modeling.winograd import Tiles, pack_tiles, tiled_conv2d
 
-Activation = Literal["none", "gelu", "sigmoid"]
+_MIN_TILED_CHANNELS = 32  # with fewer the tiles' transforms cost more than their products save
 
 
 class TensorModule(nn.Module):
@@ -72,36 +72,37 @@ class GatedLinear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution (+ residual). x: [B, in, H, W], residual: [B, out, H', W'] -> [B, out, H', W']."""
+    """A convolution (+ residual). x: [B, in, H, W], residual: [B, out, H', W'] -> [B, out, H', W'].
+
+    Packed for float32, a 3 x 3 kernel keeps its weight (as loaded, the mapped file) beside the transformed one.
+    """
 
     __call__: Callable[..., Tensor]
+    _tiles: Tiles | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._tiles is not None:
+            return tiled_conv2d(x, self._tiles, self.bias, residual)
         if self.weight.is_mkldnn:
-            return _packed_conv2d(x, self.weight, self.bias, *self._geometry(), residual)
+            return packed_conv2d(x, self.weight, self.bias, self._geometry(), add=residual)
         y = super().forward(x)
         return y if residual is None else y + residual
 
     def pack(self) -> None:
-        """Replaces the weight by its packed form."""
-        padding, stride, dilation, groups = self._geometry()
-        size = (1, self.in_channels, _TYPICAL_SIZE, _TYPICAL_SIZE)
-        self.weight = _frozen(
-            torch.ops.mkldnn._reorder_convolution_weight(self.weight, padding, stride, dilation, groups, size)
-        )
+        """Gives the layer its packed weight."""
+        if self._can_be_tiled():
+            self._tiles = pack_tiles(self.weight)
+        else:
+            self.weight = _frozen(pack_conv2d_weight(self.weight, self._geometry()))
 
-    def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
-        assert not isinstance(self.padding, str)  # no layer of ours says "same"
-        return self.padding, self.stride, self.dilation, self.groups
+    def _can_be_tiled(self) -> bool:
+        is_plain = self.kernel_size == (3, 3) and self._geometry() == ((1, 1), (1, 1), (1, 1), 1)
+        is_wide = min(self.in_channels, self.out_channels) >= _MIN_TILED_CHANNELS
+        return is_plain and is_wide and self.weight.dtype == torch.float32
 
-
-@cache
-def can_pack(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN has fast packed layers for the dtype."""
-    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if device_type != "cpu" or not is_x86 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    def _geometry(self) -> ConvGeometry:
+        padding = cast(tuple[int, int], self.padding)  # no layer of ours says "same"
+        return padding, self.stride, self.dilation, self.groups
 
 
 def pack_weights(module: nn.Module) -> None:
@@ -109,54 +110,6 @@ def pack_weights(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear | GatedLinear | Conv2d) and can_pack(layer.weight.device.type, layer.weight.dtype):
             layer.pack()
-
-
-def pack_linear_weight(weight: Tensor) -> Tensor:
-    """[out, in] -> the same, packed for `packed_linear`."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
-    return packed
-
-
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: Activation = "none",
-    add: Tensor | None = None,
-    multiply: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ + b, then one of: an activation, plus `add`, times `multiply`. x: [..., in] -> [..., out]."""
-    y: Tensor
-    if add is not None:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
-    elif multiply is not None:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, multiply, weight, bias, "mul")
-    else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # "none": the exact GELU
-    return y
-
-
-def _packed_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-) -> Tensor:
-    """A convolution with a packed weight (+ residual), in channels-last memory."""
-    geometry = (padding, stride, dilation, groups)
-    y: Tensor
-    if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
-    else:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, *geometry, "add", 1.0, None, [], None
-        )
-    return y
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,24 @@ class Cluster:
     def servers(self) -> list[Server]:
         """All of them, in the order in which they were started."""
         return [*self.encoders, *self.denoisers, *self.decoders, *([self.gateway] if self.gateway else [])]
+
+    async def until(self, metric: str, value: float, **labels: str) -> None:
+        """Returns when the sum of a metric has a value."""
+        while self.total(metric, **labels) != value:  # noqa: ASYNC110  only the metric tells
+            await asyncio.sleep(0.005)
+
+    async def until_idle(self) -> None:
+        """Returns when no denoiser has work."""
+        await self.until("safelight_running", 0)
+
+    async def until_replicas(self, stage: str, healthy: int) -> None:
+        """Returns when the gateway sees so many healthy replicas."""
+        await self.until("safelight_replicas", healthy, stage=stage, healthy="true")
+
+    async def restart_denoiser(self, stopped: Server, manifest: str) -> Server:
+        """A new denoiser at the address of one that was stopped."""
+        settings = DenoiserSettings(listen=stopped.address, manifest=manifest, device="cpu", drain_seconds=0.0)
+        return await _start(settings, build_denoiser)
 
     def total(self, metric: str, **labels: str) -> float:
         """Sum of a metric's samples over all servers."""

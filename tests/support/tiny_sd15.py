@@ -22,7 +22,11 @@ def save_tiny_sd15(folder: Path, seed: int = 0) -> Path:
         tokenizer=CLIPTokenizer.from_pretrained(CLIP_TOKENIZER),
         unet=_tiny_unet(),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="linspace",
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,

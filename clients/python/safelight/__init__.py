@@ -24,6 +24,7 @@ from safelight.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from safelight.pipelines import SDImagePipeline, SDPipelineConfig
 from safelight.sync import Client
 from safelight.types import (
     Accepted,
@@ -59,6 +60,8 @@ __all__ = [
     "OverloadedError",
     "Progress",
     "Queued",
+    "SDImagePipeline",
+    "SDPipelineConfig",
     "SafelightError",
     "StageSeconds",
     "StageUnavailableError",

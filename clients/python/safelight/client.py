@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from safelight.errors import InternalError, InvalidRequestError, from_rpc_error
+from safelight.errors import (
+    InternalError,
+    InvalidRequestError,
+    SafelightError,
+    StageUnavailableError,
+    from_rpc_error,
+)
 from safelight.messages import EventReader, to_models, to_request
 from safelight.types import Event, GenerationOptions, GenerationResult, Model
 from safelight.v1 import generation_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
 
 ENDPOINT_VARIABLE = "SAFELIGHT_ENDPOINT"
 DEFAULT_LIST_SECONDS = 10.0
+# Trailer of every error that Safelight itself raises.
+_STATUS_DETAILS = "grpc-status-details-bin"
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
@@ -79,14 +88,18 @@ class AsyncClient:
         Raises:
             SafelightError: see safelight.errors.
         """
-        async for event in self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds):
-            if on_event is not None:
-                on_event(event)
-            if isinstance(event, GenerationResult):
-                return event
+        stream = self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds)
+        async with aclosing(stream) as events:
+            async for event in events:
+                if on_event is not None:
+                    on_event(event)
+                if isinstance(event, GenerationResult):
+                    return event
         raise InternalError("the gateway ended the stream without a result")
 
-    async def stream(self, options: GenerationOptions, *, timeout_seconds: float | None = None) -> AsyncIterator[Event]:
+    async def stream(
+        self, options: GenerationOptions, *, timeout_seconds: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         """What happens to a request, as it happens; the last event is its GenerationResult.
 
         Leaving the loop early cancels the request.
@@ -102,7 +115,7 @@ class AsyncClient:
                 if event is not None:
                     yield event
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise self._explained(error) from None
         finally:
             call.cancel()
 
@@ -115,5 +128,16 @@ class AsyncClient:
         try:
             response = await self._models.ListModels(model_service_pb2.ListModelsRequest(), timeout=timeout_seconds)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise self._explained(error) from None
         return to_models(response.models)
+
+    def _explained(self, error: grpc.aio.AioRpcError) -> SafelightError:
+        """The exception of a failed call; where no gateway has answered, with a remedy."""
+        known = from_rpc_error(error)
+        answered = any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ())
+        if answered or not isinstance(known, StageUnavailableError):
+            return known
+        return StageUnavailableError(
+            f"no gateway answers at {self.endpoint}: start one (safelight up), or correct the endpoint. "
+            f"The cause: {known.message}"
+        )

@@ -6,7 +6,6 @@ does also when the parent crashes.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import shutil
@@ -14,18 +13,26 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safelight.errors import StageUnavailableError
+from safelight.errors import CheckpointError, InvalidRequestError, SafelightError, StageUnavailableError
 
 _PACKAGE = Path(__file__).resolve().parent
 _STOP_SECONDS = 15.0
+_DEATH_SECONDS = 2.0
 _LOG_LINES = 20
+# What comes before the sentence that services/stack.py, or argparse, ends with.
+_SENTENCE_MARKS = ("\nsafelight: ", ": error: ")
+# The path of a unix socket has at most about 100 bytes; ours adds some 50 to that of the folder for temporary files.
+_LONGEST_TEMPORARY_FOLDER = 45
 # Set before torch starts; see docs/performance.md.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_LOG_LEVEL_VARIABLE = "SAFELIGHT_STACK_LOG_LEVEL"
+# Exit codes of services/stack.py.
+_ERRORS: dict[int, type[SafelightError]] = {2: InvalidRequestError, 3: CheckpointError}
 
 
 def server_root() -> Path:
@@ -54,19 +61,25 @@ class EmbeddedStack:
 
     Args:
         models: entries of a manifest (docs/models.md); empty: the demo model.
-        settings: settings of the stack, e.g. device="cuda:0" (see `safelight up --help`).
+        settings: settings of the stack, e.g. device="cuda:0" (see `safelight up --help`); None leaves a default.
 
     Raises:
-        StageUnavailableError: the stack did not start; the message has its last words.
+        InvalidRequestError: a setting or an entry is wrong.
+        CheckpointError: a model's weights can't be loaded.
+        StageUnavailableError: the stack did not start for another reason; the message has its last words.
     """
 
-    def __init__(self, models: tuple[Mapping[str, Any], ...] = (), **settings: Any) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="safelight-"))
+    def __init__(self, models: Sequence[Mapping[str, Any]] = (), **settings: Any) -> None:
+        root = server_root()
+        self._folder = _make_folder()
         self.endpoint = f"unix:{self._folder}/gateway.sock"
-        self._process = self._launch(models, settings)
+        self._process = _launch(root, self._folder, self._flags(models, settings))
         self._finalizer = weakref.finalize(self, _stop, self._process, self._folder)
-        atexit.register(self._finalizer)
-        self._wait_until_ready()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> EmbeddedStack:
         return self
@@ -78,35 +91,73 @@ class EmbeddedStack:
 
     def close(self) -> None:
         """Stop the stack and wait for its end; may be repeated."""
-        atexit.unregister(self._finalizer)
         self._finalizer()
 
-    def _launch(self, models: tuple[Mapping[str, Any], ...], settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        arguments = {"listen": self.endpoint, "stop_with_stdin": True, **settings}
-        if models:
-            manifest = self._folder / "manifest.yaml"  # JSON is YAML
-            manifest.write_text(json.dumps({"models": list(models)}))
-            arguments["manifest"] = manifest
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
-        with (self._folder / "log").open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "services.stack", *flags],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=server_root(),
-                env=server_environment(),
-                start_new_session=True,  # Ctrl-C is the parent's to handle
-            )
+    def check(self) -> None:
+        """Find out whether the stack still runs.
+
+        Raises:
+            StageUnavailableError: it has been closed, or has ended by itself; the message has its last words.
+        """
+        if not self._finalizer.alive:
+            raise StageUnavailableError("the embedded stack is closed; start another one")
+        try:
+            code = self._process.wait(_DEATH_SECONDS)  # a dying process closes its connections before it ends
+        except subprocess.TimeoutExpired:
+            return
+        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise StageUnavailableError(
+            f"the embedded stack has ended ({cause}); close this one and start another. {self._last_words()}".rstrip()
+        )
+
+    def _flags(self, models: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+        arguments = {
+            "listen": self.endpoint,
+            "log_level": os.environ.get(_LOG_LEVEL_VARIABLE, "warning"),
+            "manifest": self._write_manifest(models) if models else None,
+            **settings,
+        }
+        return [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if value is not None]
+
+    def _write_manifest(self, models: Sequence[Mapping[str, Any]]) -> Path:
+        manifest = self._folder / "manifest.yaml"  # JSON is YAML
+        manifest.write_text(json.dumps({"models": list(models)}), encoding="utf-8")
+        return manifest
 
     def _wait_until_ready(self) -> None:
         assert self._process.stdout is not None
-        if self._process.stdout.readline().startswith(b"ready"):
+        if any(line.startswith(b"ready ") for line in self._process.stdout):
             return
-        self._process.wait()
-        words = "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
-        self.close()
-        raise StageUnavailableError(f"the embedded stack did not start:\n{words}")
+        error_class = _ERRORS.get(self._process.wait(), StageUnavailableError)
+        raise error_class(f"the embedded stack did not start: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        """The sentence that the stack ended with, or else the last lines of its log."""
+        log = (self._folder / "log").read_text(encoding="utf-8", errors="replace")
+        for mark in _SENTENCE_MARKS:
+            _, found, sentence = f"\n{log}".rpartition(mark)
+            if found:
+                return sentence.strip()
+        return "\n".join(["", *log.splitlines()[-_LOG_LINES:]]).rstrip()
+
+
+def _make_folder() -> Path:
+    parent = tempfile.gettempdir()
+    return Path(
+        tempfile.mkdtemp(prefix="safelight-", dir=parent if len(parent) <= _LONGEST_TEMPORARY_FOLDER else "/tmp")
+    )
+
+
+def _launch(root: Path, folder: Path, flags: Sequence[str]) -> subprocess.Popen[bytes]:
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(root / "services" / "embedded.py"), str(folder), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**server_environment(), "TMPDIR": str(folder)},
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
 
 
 def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -185,6 +185,7 @@ _BY_REASON: dict[str, type[SafelightError]] = {
 }
 # Errors that gRPC itself makes, or a proxy on the way, carry a code but no reason.
 _BY_CODE: dict[grpc.StatusCode, type[SafelightError]] = {
+    grpc.StatusCode.CANCELLED: StageUnavailableError,  # by the server, which stops; one's own is a CancelledError
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,

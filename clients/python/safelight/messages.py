@@ -42,6 +42,8 @@ def to_request(options: GenerationOptions) -> pb.GenerateRequest:
         raise InvalidRequestError.of("format", f"is {options.format!r}; choose from {', '.join(FORMATS)}")
     try:
         return _to_request(options)
+    except InvalidRequestError:
+        raise
     except (ValueError, TypeError) as error:  # protobuf's own check of type and range
         raise InvalidRequestError(f"a value of the request can't be sent: {error}") from error
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import closing
 from types import TracebackType
 from typing import Any, TypeVar
 
 from safelight.client import DEFAULT_LIST_SECONDS, AsyncClient
+from safelight.errors import InternalError
 from safelight.types import Event, GenerationOptions, GenerationResult, Model
 
 Result = TypeVar("Result")
@@ -62,21 +64,27 @@ class Client:
         **options: Any,
     ) -> GenerationResult:
         """As AsyncClient.generate; `on_event` is called in the calling thread, and may raise to stop the work."""
-        for event in self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds):
-            if on_event is not None:
-                on_event(event)
-            if isinstance(event, GenerationResult):
-                result = event
-        return result
+        # closing: the work stops when on_event raises, not when the traceback that holds the generator is dropped.
+        with closing(
+            self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds)
+        ) as events:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
+                if isinstance(event, GenerationResult):
+                    return event
+        raise InternalError("the gateway ended the stream without a result")
 
-    def stream(self, options: GenerationOptions, *, timeout_seconds: float | None = None) -> Iterator[Event]:
+    def stream(
+        self, options: GenerationOptions, *, timeout_seconds: float | None = None
+    ) -> Generator[Event, None, None]:
         """As AsyncClient.stream."""
         events = self._client.stream(options, timeout_seconds=timeout_seconds)
         try:
             while (event := self._wait(anext(events, None))) is not None:
                 yield event
         finally:
-            self._wait(events.aclose())  # type: ignore[attr-defined]  # it is an async generator
+            self._wait(events.aclose())
 
     def models(self, *, timeout_seconds: float = DEFAULT_LIST_SECONDS) -> list[Model]:
         """As AsyncClient.models."""

@@ -69,9 +69,11 @@ class ResnetBlock(TensorModule):
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # One name for all maps: at the finest level each that outlives its use would raise the peak of memory.
         hidden = self.conv1(norm_silu(self.norm1, x))
-        hidden = self.conv2(norm_silu(self.norm2, hidden))
-        return hidden.add_(self.conv_shortcut(x))  # in place: at the finest level a further map would set the peak
+        hidden = norm_silu(self.norm2, hidden)
+        hidden = self.conv2(hidden)
+        return hidden.add_(self.conv_shortcut(x))
 
 
 class AttentionBlock(TensorModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class SD15Denoiser:
         source = open_component(entry, entry.denoiser, "unet")
         dtype = resolve_dtype(entry.denoiser.dtype, device)
         unet = load_sd_unet(source.checkpoint, source.config, device=device, dtype=dtype)
-        scheduler_config = read_json(Path(entry.path) / "scheduler" / "scheduler_config.json")
+        scheduler_config = read_json(entry.paths[0] / "scheduler" / "scheduler_config.json")
         noise_schedule = _noise_schedule(scheduler_config) if scheduler_config else NoiseSchedule()
         sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
         return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size)

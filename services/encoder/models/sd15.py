@@ -69,7 +69,7 @@ class SD15Encoder:
 
 def _load_tokenizer(entry: ModelEntry, clip: ClipTextEncoder) -> ClipTokenizer:
     """The tokenizer that the manifest names, the model folder's own, or CLIP's usual one."""
-    own = Path(entry.path) / "tokenizer"
+    own = entry.paths[0] / "tokenizer"
     folder = Path(entry.tokenizer) if entry.tokenizer else own if own.is_dir() else _CLIP_TOKENIZER
     try:
         tokenizer = load_clip_tokenizer(folder, clip.positions)

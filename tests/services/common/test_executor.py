@@ -46,7 +46,8 @@ async def test_a_function_sees_the_caller_s_request_id(executor: DeviceExecutor)
         request_id.set(name)
         return await executor.run(request_id.get)
 
-    assert await asyncio.gather(run_as("one"), run_as("two")) == ["one", "two"]
+    one, two = await asyncio.gather(run_as("one"), run_as("two"))
+    assert (one, two) == ("one", "two")
 
 
 async def test_an_exception_is_the_caller_s(executor: DeviceExecutor) -> None:

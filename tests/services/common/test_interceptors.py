@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -83,7 +83,7 @@ async def test_an_error_of_another_service_passes_on_as_it_is(serve: Serve) -> N
 
 @pytest.mark.parametrize("messages", [0, 1, 3])
 async def test_a_stream_fails_with_the_error_after_the_messages_before_it(serve: Serve, messages: int) -> None:
-    async def denoise(request: DenoiseRequest) -> AsyncIterator[DenoiseResponse]:
+    async def denoise(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
         for _ in range(messages):
             yield STEP
         raise UnknownModelError("no such model")
@@ -96,7 +96,7 @@ async def test_a_stream_fails_with_the_error_after_the_messages_before_it(serve:
 
 
 async def test_an_unknown_exception_in_a_stream_is_internal(serve: Serve) -> None:
-    async def denoise(request: DenoiseRequest) -> AsyncIterator[DenoiseResponse]:
+    async def denoise(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
         yield STEP
         raise ZeroDivisionError
 
@@ -130,7 +130,7 @@ async def test_a_cancelled_call_cancels_its_handler_and_is_counted(serve: Serve)
 async def test_a_cancelled_stream_ends_its_handler_while_it_waits(serve: Serve) -> None:
     ended_by: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
-    async def denoise(request: DenoiseRequest) -> AsyncIterator[DenoiseResponse]:
+    async def denoise(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
         yield STEP
         try:
             await asyncio.Event().wait()
@@ -146,22 +146,22 @@ async def test_a_cancelled_stream_ends_its_handler_while_it_waits(serve: Serve) 
     await ended(running, DENOISE, "CANCELLED")
 
 
-async def test_a_cancelled_stream_ends_a_handler_that_only_yields(serve: Serve) -> None:
+async def test_a_cancelled_stream_ends_a_handler_that_only_yields_before_the_call_is_over(serve: Serve) -> None:
     """The cancellation meets it at a `yield`, where no exception reaches it of itself."""
-    closed = asyncio.Event()
+    closed: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
 
-    async def denoise(request: DenoiseRequest) -> AsyncIterator[DenoiseResponse]:
+    async def denoise(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
         try:
             while True:
                 yield STEP
         finally:
-            closed.set()
+            closed.set_result(still_running(running, DENOISE))
 
     running = await serve(streaming(denoise))
     stream = DenoiserServiceStub(running.channel).Denoise(DenoiseRequest())
     await stream.read()
     stream.cancel()
-    await closed.wait()
+    assert await closed == 1
     await ended(running, DENOISE, "CANCELLED")
 
 

@@ -43,6 +43,13 @@ models:
     assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
 
 
+def test_several_files_may_be_one_checkpoint(file: Path) -> None:
+    file.write_text("models: [{name: a, path: [/w/sd15.safetensors, /w/patch.safetensors]}]")
+    (entry,) = load_manifest(str(file))
+    assert entry.paths == (Path("/w/sd15.safetensors"), Path("/w/patch.safetensors"))
+    assert entry.encoder.paths == ()
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -59,6 +66,9 @@ models:
         ("models: [{name: '', path: b}]", r"models\[0\]: 'name' is missing"),
         ("models: [{name: a, path: b, dtype: float16}]", r"models\[0\]: 'dtype' is not a field; there are name, path"),
         ("models: [{name: 15, path: b}]", r"models\[0\]\.name: 15 must be a text"),
+        ("models: [{name: a, path: []}]", r"models\[0\]: 'path' is missing"),
+        ("models: [{name: a, path: [b, 2]}]", r"models\[0\]\.path: \['b', 2\] must be a text, or a list of texts"),
+        ("models: [{name: [a], path: b}]", r"models\[0\]\.name: \['a'\] must be a text"),
         ("models: [{name: a, path: }]", r"models\[0\]\.path: None must be a text"),
         ("models: [{name: a, path: b, encoder: float16}]", r"models\[0\]\.encoder: must be a mapping"),
         ("models: [{name: a, path: b, encoder: {size: 1}}]", r"models\[0\]\.encoder: 'size' is not a field"),

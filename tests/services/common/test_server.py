@@ -114,6 +114,28 @@ async def test_a_running_call_ends_well_within_the_drain_time_and_new_ones_are_r
     await stopping
 
 
+async def test_who_watches_the_health_does_not_hold_the_stop_up(serve: Serve) -> None:
+    running = await serve(unary(echo), ServerSettings(drain_seconds=60.0))
+    watch = Watch(running.channel)
+    await watch.next()
+    await asyncio.wait_for(running.server.stop(), 10)
+
+
+async def test_calls_that_outlast_the_drain_time_are_ended(serve: Serve) -> None:
+    started = asyncio.Event()
+
+    async def endless(request: EncodeRequest) -> EncodeResponse:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    running = await serve(unary(endless), ServerSettings(drain_seconds=0.2))
+    call = asyncio.create_task(failure(said(running.channel, "a cat")))
+    await started.wait()
+    await running.server.stop()
+    assert type(await call) is StageUnavailableError
+
+
 async def test_a_service_starts_with_its_address_and_closes_after_the_last_call(serve: Serve) -> None:
     events: list[str] = []
 
@@ -205,25 +227,29 @@ async def test_a_server_listens_on_a_unix_socket(serve: Serve, tmp_path: Path, s
     assert await said(running.channel, "a cat") == "a cat"
 
 
-PROGRAM = '''
-"""A server whose calls end when a line comes in on stdin."""
+PROGRAM = """
 import asyncio, sys
+from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeResponse
+from safelight.v1.encoder_service_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
 from services.common.metrics import Metrics
+from services.common.server import Service
 from services.common.settings import ServerSettings
 from services.common.stage import run_server
-from tests.services.common.test_server import echo
-from tests.serving import unary
 
 class Settings(ServerSettings):
     service = "toy"
 
-async def slow(request):
-    print("started", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-    return await echo(request)
+class EchoAfterALineOnStdin(EncoderServiceServicer):
+    async def Encode(self, request, context):
+        print("started", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        return EncodeResponse(prompts=[EncodedPrompt(truncated_text=text) for text in request.prompts])
 
-run_server(Settings, lambda settings: (unary(slow), Metrics()))
-'''
+def mount(server):
+    add_EncoderServiceServicer_to_server(EchoAfterALineOnStdin(), server)
+
+run_server(Settings, lambda settings: (Service("toy", {"safelight.v1.EncoderService": mount}), Metrics()))
+"""
 
 
 @asynccontextmanager

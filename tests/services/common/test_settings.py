@@ -96,17 +96,19 @@ def test_an_empty_file_says_nothing(file: Path) -> None:
 def test_a_value_that_does_not_parse_ends_with_its_name(file: Path, name: str, value: str, noun: str) -> None:
     flag, variable = f"--{name.replace('_', '-')}", environment_name(KilnSettings, name)
     file.write_text(f"{name}: '{value}'\n")
-    for source, attempt in {
-        flag: lambda: load(flag, value),
-        variable: lambda: load(**{variable: value}),
-        f"{file}: {name}": lambda: load(file=file),
-    }.items():
+    for source, flags, environ in (
+        (flag, [flag, value], {}),
+        (variable, [], {variable: value}),
+        (f"{file}: {name}", ["--config", str(file)], {}),
+    ):
         with pytest.raises(SettingsError, match=f"^{source}: '{value}' is not {noun}$"):
-            attempt()
+            load_settings(KilnSettings, flags, environ)
 
 
 def test_an_unknown_variable_of_the_service_ends_with_its_name_and_those_there_are() -> None:
-    with pytest.raises(SettingsError, match="^SAFELIGHT_KILN_BACTH_SIZE is not a setting; there are .*KILN_BATCH_SIZE"):
+    with pytest.raises(
+        SettingsError, match=r"^SAFELIGHT_KILN_BACTH_SIZE is not a setting; there are .*KILN_BATCH_SIZE"
+    ):
         load(SAFELIGHT_KILN_BACTH_SIZE="2")
 
 

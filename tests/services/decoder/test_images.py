@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from services.decoder.generation_parameters import GenerationParameters, parameters_text, parse_parameters
+from services.decoder.generation_parameters import GenerationParameters
 from services.decoder.images import (
     PictureError,
     PictureFormat,
@@ -130,34 +130,6 @@ def test_parameters_longer_than_exif_are_refused() -> None:
     assert read_parameters(write_picture(gradient(), PictureFormat.PNG, parameters=long)) is not None
     with pytest.raises(PictureError, match="choose PNG"):
         write_picture(gradient(), PictureFormat.JPEG, parameters=long)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a cat", {"prompt": "a cat", "negative_prompt": "", "details": {}}),
-        ("a cat\nSteps: 5", {"prompt": "a cat", "negative_prompt": "", "steps": 5, "details": {}}),
-        ("Negative prompt: dog\nSteps: 5", {"prompt": "", "negative_prompt": "dog", "steps": 5, "details": {}}),
-        ("a\nNegative prompt: b\nc\nSteps: 5", {"prompt": "a", "negative_prompt": "b\nc", "steps": 5, "details": {}}),
-        (
-            "a cat\nSteps: 5, Size: 8x16, Model hash: 6ce0161689, Version: v1.9",
-            {
-                "prompt": "a cat",
-                "negative_prompt": "",
-                "steps": 5,
-                "width": 8,
-                "height": 16,
-                "details": {"Model hash": "6ce0161689", "Version": "v1.9"},
-            },
-        ),
-    ],
-)
-def test_the_texts_of_other_tools_are_parsed(text: str, expected: dict[str, object]) -> None:
-    assert parse_parameters(text) == expected
-
-
-def test_the_text_is_the_web_uis() -> None:
-    assert parameters_text(PARAMETERS) == TEXT
 
 
 def test_malformed_parameters_are_refused() -> None:

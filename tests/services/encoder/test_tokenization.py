@@ -9,6 +9,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
+from services.encoder import tokenization
 from services.encoder.tokenization import ClipTokenizer, load_clip_tokenizer
 
 LENGTH = 16
@@ -70,6 +71,11 @@ def tokenizer(request: pytest.FixtureRequest, folder: Path, reference: CLIPToken
 def test_ids_equal_transformers(tokenizer: ClipTokenizer, reference: CLIPTokenizer, prompt: str) -> None:
     expected = reference(prompt, padding="max_length", max_length=LENGTH, truncation=True).input_ids
     assert list(tokenizer(prompt).ids) == expected
+
+
+def test_clips_own_vocabulary_gives_its_well_known_ids() -> None:
+    tokenizer = load_clip_tokenizer(Path(tokenization.__file__).parent / "tokenizers" / "clip", length=77)
+    assert tokenizer("A photo of a cat").ids[:9] == (49406, 320, 1125, 539, 320, 2368, 49407, 49407, 49407)
 
 
 def test_the_vocabulary_makes_long_tokens(tokenizer: ClipTokenizer) -> None:

@@ -124,6 +124,7 @@ async def test_an_unreachable_server_is_an_unavailable_stage() -> None:
 @pytest.mark.parametrize(
     ("code", "error_class"),
     [
+        (grpc.StatusCode.CANCELLED, StageUnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),

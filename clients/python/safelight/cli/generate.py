@@ -1,0 +1,123 @@
+"""`safelight generate`: words to picture files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from safelight.cli.output_files import format_of, output_paths, write_files
+from safelight.cli.progress_bar import ProgressBar
+from safelight.connection import Connection, endpoint_or_none
+from safelight.errors import InvalidRequestError
+from safelight.messages import to_request
+from safelight.model_files import entry_of
+from safelight.types import GeneratedImage, GenerationOptions, GenerationResult
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shall show.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; its suffix is the format. Several get -0, -1 ….")
+    ] = Path("image.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
+    sampler_parameter: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="E.g. eta=0.5.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
+    schedule_parameter: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="E.g. rho=7.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="At or below 1: no negative prompt.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="CLIP layer, counted from the end.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; default: drawn.")] = None,
+    num_images: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    output_format: Annotated[str | None, typer.Option("--format", help="If not that of the suffix.")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = None,
+    metadata: Annotated[bool, typer.Option(help="Put the parameters into the file.")] = True,
+    tenant: Annotated[str, typer.Option(help="Whose share of the device the work counts against.")] = "",
+    priority: Annotated[int, typer.Option(help="Higher runs first; -100 to 100.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Name at the endpoint; without one, weights or `demo`.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Gateway; default: SAFELIGHT_ENDPOINT, or our own.")] = None,
+    device: Annotated[str, typer.Option(help="Of the embedded stack: auto, cpu, cuda, cuda:1 ….")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Write what was made as JSON.")] = False,
+) -> None:
+    """Make pictures from words, at a gateway or with an embedded stack of our own."""
+    target = endpoint_or_none(endpoint)
+    options = GenerationOptions(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        model=model if target else None,
+        width=width,
+        height=height,
+        steps=steps,
+        sampler=sampler,
+        sampler_parameters=_numbers("--sampler-parameter", sampler_parameter or ()),
+        schedule=schedule,
+        schedule_parameters=_numbers("--schedule-parameter", schedule_parameter or ()),
+        guidance_scale=guidance_scale,
+        clip_skip=clip_skip,
+        seed=seed,
+        num_images=num_images,
+        format=output_format or format_of(output),
+        quality=quality,
+        metadata=metadata,
+        tenant=tenant,
+        priority=priority,
+    )
+    to_request(options)  # refuses what can't be sent before a stack is started for it
+    paths = output_paths(output, num_images)
+    with _connect(target, model, device) as connection:
+        result = _generate(connection, options)
+    write_files(paths, [image.data for image in result.images])
+    _warn_of_truncation(result.images[0])
+    typer.echo(_as_json(paths, result) if as_json else "\n".join(map(_summary, paths, result.images)))
+
+
+def _numbers(field: str, texts: Sequence[str]) -> Mapping[str, float]:
+    """The parameters of NAME=NUMBER texts."""
+    numbers = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError as error:
+            raise InvalidRequestError.of(field, f"is {text!r}; must be NAME=NUMBER, e.g. eta=0.5") from error
+    return numbers
+
+
+def _connect(endpoint: str | None, model: str | None, device: str) -> Connection:
+    if endpoint is not None:
+        return Connection.to_endpoint(endpoint)
+    entry = entry_of("--model", model) if model else None
+    with Console(stderr=True).status("starting the embedded stack …"):
+        return Connection.to_embedded(entry, device=device)
+
+
+def _generate(connection: Connection, options: GenerationOptions) -> GenerationResult:
+    with ProgressBar(options.num_images) as bar:
+        return connection.generate(options, bar.show)
+
+
+def _warn_of_truncation(image: GeneratedImage) -> None:
+    for field, rest in (("PROMPT", image.truncated_prompt), ("--negative-prompt", image.truncated_negative_prompt)):
+        if rest:
+            typer.echo(f"safelight: warning: {field}: too long for the model; left out: {rest}", err=True)
+
+
+def _summary(path: Path, image: GeneratedImage) -> str:
+    stages = ", ".join(f"{stage.stage} {stage.compute_seconds:.2f} s" for stage in image.stages)
+    return f"{path}: {image.width}×{image.height}, {image.steps} steps, seed {image.seed}; {stages}"
+
+
+def _as_json(paths: Sequence[Path], result: GenerationResult) -> str:
+    images = []
+    for path, image in zip(paths, result.images, strict=True):
+        facts = asdict(image)
+        images.append({"path": str(path), "bytes": len(facts.pop("data")), **facts})
+    return json.dumps({"request_id": result.request_id, "images": images}, indent=2)

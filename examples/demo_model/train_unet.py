@@ -1,0 +1,236 @@
+"""Trains the text tower and the UNet of the demo model together, on cached latents.
+
+Epsilon prediction on Stable Diffusion 1.5's noise schedule; one caption in ten is empty, for classifier-free guidance.
+As in train_vae.py the learning rate follows the clock and a killed run resumes from its last checkpoint.
+
+    python train_unet.py --prepared /tmp/demo/prepared --minutes 98 --threads 1 --out /tmp/demo/unet
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from captions import Subject, build_subjects, random_caption
+from glyphs import load_glyphs
+from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
+
+
+@dataclass(frozen=True)
+class UnetRecipe:
+    """What the two networks are and how they are trained."""
+
+    widths: tuple[int, ...] = (48, 96, 192)
+    attention: tuple[bool, ...] = (False, True, True)
+    heads: int = 4
+    norm_groups: int = 8
+    text_width: int = 128
+    text_layers: int = 3
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warm_up: float = 0.02
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    empty_captions: float = 0.1
+    ema_decay: float = 0.999
+    snr_gamma: float = 5.0
+    high_noise_boost: float = 5.0
+
+
+def build_unet(recipe: UnetRecipe) -> UNet2DConditionModel:
+    """Builds the untrained UNet. Attention is left out at 16x16, where it would cost most of the compute."""
+    down = tuple("CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in recipe.attention)
+    up = tuple("CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(recipe.attention))
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=recipe.widths,
+        layers_per_block=1,
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=recipe.heads,  # as in Stable Diffusion 1.5, diffusers reads this as the number of heads
+        norm_num_groups=recipe.norm_groups,
+    )
+
+
+@torch.no_grad()
+def initialise(unet: UNet2DConditionModel) -> None:
+    """Starts every residual branch and the output at zero, as the original latent-diffusion code did; it trains faster."""
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def build_text_tower(recipe: UnetRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Builds the untrained CLIP text tower for the tokenizer's vocabulary."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        projection_dim=recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.5's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+class CaptionEncoder:
+    """Runs the text tower once per distinct caption of a batch."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, tower: CLIPTextModel) -> None:
+        self._tokenizer = tokenizer
+        self._tower = tower
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        distinct = sorted(set(captions))
+        length = self._tokenizer.model_max_length
+        tokens = self._tokenizer(distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        hidden: torch.Tensor = self._tower(tokens.input_ids).last_hidden_state
+        position = {caption: index for index, caption in enumerate(distinct)}
+        return hidden[torch.tensor([position[caption] for caption in captions])]
+
+
+def step_weights(alphas_cumprod: torch.Tensor, recipe: UnetRecipe) -> torch.Tensor:
+    """How much each timestep's epsilon error counts.
+
+    Little noise counts less (min-SNR). Much noise counts more: there the sampler decides which picture it will be, and a
+    small epsilon error is a large error of the picture.
+    """
+    snr = alphas_cumprod / (1.0 - alphas_cumprod)
+    boost = (1.0 + 1.0 / snr).sqrt().clamp_max(recipe.high_noise_boost)
+    return (recipe.snr_gamma / snr).clamp_max(1.0) * boost
+
+
+def spread_timesteps(count: int, total: int) -> torch.Tensor:
+    """Random timesteps, one per equal slice of the schedule, in random order: less noise in the loss than independent."""
+    return ((torch.randperm(count) + torch.rand(count)) * total / count).long().clamp_max(total - 1)
+
+
+class Trainer:
+    """Both networks, their moving averages and the training loop."""
+
+    def __init__(self, recipe: UnetRecipe, tokenizer: CLIPTokenizer, latents: torch.Tensor) -> None:
+        self.recipe = recipe
+        self.latents = latents
+        self.scheduler = build_scheduler()
+        self.networks = nn.ModuleDict({"unet": build_unet(recipe), "text": build_text_tower(recipe, tokenizer)})
+        initialise(self.networks["unet"])
+        self.average = {name: tensor.clone() for name, tensor in self.networks.state_dict().items()}
+        self.encode = CaptionEncoder(tokenizer, self.networks["text"])
+        self.weights = step_weights(self.scheduler.alphas_cumprod, recipe)
+        self.optimizer = torch.optim.AdamW(
+            self.networks.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+
+    def loss(self, chosen: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+        """The weighted epsilon error of one batch."""
+        clean = self.latents[chosen]
+        noise = torch.randn_like(clean)
+        timesteps = spread_timesteps(len(chosen), self.scheduler.config.num_train_timesteps)
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predicted = self.networks["unet"](noisy, timesteps, self.encode(captions)).sample
+        return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * self.weights[timesteps]).mean()
+
+    def step(self, chosen: torch.Tensor, captions: Sequence[str], learning_rate: float) -> float:
+        """One update of the networks."""
+        set_learning_rate(self.optimizer, learning_rate)
+        loss = self.loss(chosen, captions)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Moves the averages; early on they follow faster, so that they are of use from the start."""
+        decay = min(self.recipe.ema_decay, (1 + step) / (10 + step))
+        current = self.networks.state_dict()
+        floating = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.average[name] for name in floating], [current[name] for name in floating], 1 - decay)
+
+    def states(self) -> dict[str, object]:
+        """All that a checkpoint holds."""
+        return {"model": self.networks.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, states: dict[str, dict[str, torch.Tensor]]) -> None:
+        """The inverse of `states`."""
+        self.networks.load_state_dict(states["model"])
+        self.average = states["average"]
+        self.optimizer.load_state_dict(states["optimizer"])
+
+
+def choose_captions(subjects: Sequence[Subject], chosen: torch.Tensor, empty_share: float) -> list[str]:
+    """A random caption for each chosen picture, some of them empty."""
+    captions = [random_caption(subjects[index], random) for index in chosen.tolist()]
+    return ["" if random.random() < empty_share else caption for caption in captions]
+
+
+def train(trainer: Trainer, subjects: Sequence[Subject], minutes: float, checkpoint: Path) -> None:
+    """Trains until the minutes are over, saving every few of them."""
+    recipe, clock = trainer.recipe, Clock(budget=60.0 * minutes)
+    states = load_checkpoint(checkpoint, clock)
+    if states is not None:
+        trainer.restore(states)
+    popularity = torch.tensor([subject.weight for subject in subjects])
+    while clock.done < 1.0:
+        chosen = torch.multinomial(popularity, recipe.batch, replacement=True)
+        captions = choose_captions(subjects, chosen, recipe.empty_captions)
+        rate = recipe.learning_rate * learning_rate_factor(clock.done, recipe.warm_up)
+        clock.tick(trainer.step(chosen, captions, rate))
+        trainer.update_average(clock.step)
+        clock.report(every=50)
+        if clock.checkpoint_due():
+            save_checkpoint(checkpoint, clock, trainer.states())
+    save_checkpoint(checkpoint, clock, trainer.states())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote")
+    parser.add_argument("--minutes", type=float, default=98.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = CLIPTokenizer.from_pretrained(arguments.prepared / "tokenizer")
+    latents = torch.load(arguments.prepared / "latents.pt", weights_only=True)
+    trainer = Trainer(UnetRecipe(), tokenizer, latents)
+    for name, network in trainer.networks.items():
+        print(f"{name}: {sum(parameter.numel() for parameter in network.parameters())} parameters", flush=True)
+    train(trainer, build_subjects(load_glyphs()), arguments.minutes, arguments.out / "checkpoint.pt")
+
+
+if __name__ == "__main__":
+    main()

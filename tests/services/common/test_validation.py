@@ -1,0 +1,32 @@
+"""Laws of the shared checks: what is right yields nothing, what is wrong names the field and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from safelight.errors import FieldViolation
+from services.common.validation import MAX_SEED, check_range, check_seed
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1])
+def test_a_number_in_range_is_right(value: float) -> None:
+    assert list(check_range("strength", value, 0, 1)) == []
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, -math.inf])
+def test_a_number_out_of_range_or_not_finite_is_wrong(value: float) -> None:
+    assert list(check_range("strength", value, 0, 1)) == [
+        FieldViolation("strength", f"is {value:g}; must be from 0 to 1")
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, MAX_SEED])
+def test_a_seed_from_0_is_right(seed: int) -> None:
+    assert list(check_seed("seed", seed)) == []
+
+
+def test_a_negative_seed_is_wrong() -> None:
+    (violation,) = check_seed("seed", -1)
+    assert (violation.field, violation.description[:5]) == ("seed", "is -1")
