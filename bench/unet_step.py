@@ -1,7 +1,8 @@
 """One denoise step of Stable Diffusion 1.5's UNet (batch 2: a prompt and its negative): ours against diffusers'.
 
 Both have the same random weights and inputs and take turns in one process, so that what else the machine does meets
-both alike. The errors are against diffusers in float32 with the same, already rounded, weights.
+both alike; on a busy machine the CPU seconds of all threads say more than the wall's. The errors are against diffusers
+in float32 with the same, already rounded, weights.
 
     OMP_WAIT_POLICY=PASSIVE python -m bench.unet_step --dtype bfloat16 --rounds 5
 """
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,28 @@ REAL = {
 TINY = REAL | {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "cross_attention_dim": 32}
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of each round: by the wall's clock and of the process's threads together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Seconds of a step, and errors max|a - b| / max|b| against float32."""
+    """What was run, the timings, and errors max|a - b| / max|b|: against float32, and of ours against theirs."""
 
     torch: str
     dtype: str
     size: int
     threads: int
-    rounds: int
-    theirs_seconds: list[float]
-    ours_seconds: list[float]
-    theirs_median: float
-    ours_median: float
-    median_of_ratios: float
-    ratios_from_to: tuple[float, float]
-    context_seconds: float
+    theirs: Timing
+    ours: Timing
+    context: Timing
     theirs_error: float
     ours_error: float
     difference: float
@@ -89,30 +94,25 @@ def compare(options: argparse.Namespace) -> Result:
     dtype = getattr(torch, options.dtype)
     theirs, ours, exact, inputs = prepare(TINY if options.tiny else REAL, options.size, dtype)
     latents, timesteps, context = inputs
-    context_kv, context_seconds = timed(lambda: ours.project_context(context))
-    steps: list[Callable[[], Tensor]] = [
+    context_timing = Timing()
+    context_kv = timed(lambda: ours.project_context(context), context_timing)
+    steps: tuple[Step, Step] = (
         lambda: theirs(latents, timesteps, context).sample,
         lambda: ours(latents, timesteps, context_kv),
-    ]
-    outputs = [step().float() for step in steps]
-    theirs_seconds, ours_seconds = time_in_turns(steps, options.rounds)
-    ratios = [our / their for our, their in zip(ours_seconds, theirs_seconds, strict=True)]
+    )
+    theirs_output, ours_output = (step().float() for step in steps)
+    theirs_timing, ours_timing = time_in_turns(steps, options.rounds)
     return Result(
         torch=torch.__version__,
         dtype=options.dtype,
         size=options.size,
         threads=options.threads,
-        rounds=options.rounds,
-        theirs_seconds=theirs_seconds,
-        ours_seconds=ours_seconds,
-        theirs_median=statistics.median(theirs_seconds),
-        ours_median=statistics.median(ours_seconds),
-        median_of_ratios=statistics.median(ratios),
-        ratios_from_to=(min(ratios), max(ratios)),
-        context_seconds=context_seconds,
-        theirs_error=relative_error(outputs[0], exact),
-        ours_error=relative_error(outputs[1], exact),
-        difference=relative_error(outputs[1], outputs[0]),
+        theirs=theirs_timing,
+        ours=ours_timing,
+        context=context_timing,
+        theirs_error=relative_error(theirs_output, exact),
+        ours_error=relative_error(ours_output, exact),
+        difference=relative_error(ours_output, theirs_output),
     )
 
 
@@ -139,21 +139,22 @@ def prepare(
     return theirs.to(dtype), ours, exact, inputs
 
 
-def time_in_turns(steps: list[Callable[[], Tensor]], rounds: int) -> list[list[float]]:
-    """Seconds of each step in each round; who goes first alternates."""
-    seconds: list[list[float]] = [[] for _ in steps]
+def time_in_turns(steps: tuple[Step, Step], rounds: int) -> tuple[Timing, Timing]:
+    """Times both in every round; who goes first alternates."""
+    timings = Timing(), Timing()
     for turn in range(rounds):
-        order = list(range(len(steps)))
-        for index in order if turn % 2 == 0 else reversed(order):
-            seconds[index].append(timed(steps[index])[1])
-    return seconds
+        for index in (turn % 2, 1 - turn % 2):
+            timed(steps[index], timings[index])
+    return timings
 
 
-def timed(step: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What a call returns, and its wall time in seconds."""
-    start = time.perf_counter()
+def timed(step: Step, timing: Timing) -> Tensor:
+    """What a call returns; the time it took is added to `timing`."""
+    wall, cpu = time.perf_counter(), time.process_time()
     output = step()
-    return output, time.perf_counter() - start
+    timing.wall.append(time.perf_counter() - wall)
+    timing.cpu.append(time.process_time() - cpu)
+    return output
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -163,22 +164,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def report(result: Result) -> str:
     """The result as a small table."""
-    low, high = result.ratios_from_to
     lines = [
         f"SD 1.5 UNet step, {result.size} x {result.size}, batch 2, {result.dtype}, {result.threads} threads, "
-        f"torch {result.torch}, {result.rounds} rounds",
-        f"{'':12}{'median s':>10}{'min':>8}{'max':>8}{'error':>11}",
+        f"torch {result.torch}; median (min to max) of {len(result.ours.wall)} rounds",
+        f"{'':11}{'wall s':>24}{'CPU s':>24}{'error':>10}",
+        f"{'diffusers':11}{summary(result.theirs.wall)}{summary(result.theirs.cpu)}{result.theirs_error:10.1e}",
+        f"{'safelight':11}{summary(result.ours.wall)}{summary(result.ours.cpu)}{result.ours_error:10.1e}",
+        f"{'ratio':11}{summary(ratios(result, 'wall'))}{summary(ratios(result, 'cpu'))}{result.difference:10.1e}",
+        f"the text's keys and values, once a request: {result.context.wall[0]:.3f} s",
     ]
-    for name, seconds, error in (
-        ("diffusers", result.theirs_seconds, result.theirs_error),
-        ("safelight", result.ours_seconds, result.ours_error),
-    ):
-        median = statistics.median(seconds)
-        lines.append(f"{name:12}{median:10.2f}{min(seconds):8.2f}{max(seconds):8.2f}{error:11.1e}")
-    lines.append(f"ratio of the pairs: median {result.median_of_ratios:.3f} ({low:.3f} to {high:.3f})")
-    lines.append(f"difference {result.difference:.1e}; the text's keys and values, once a request: ")
-    lines[-1] += f"{result.context_seconds:.3f} s"
     return "\n".join(lines) + "\n"
+
+
+def ratios(result: Result, clock: str) -> list[float]:
+    """Ours over theirs, round by round."""
+    pairs = zip(getattr(result.ours, clock), getattr(result.theirs, clock), strict=True)
+    return [ours / theirs for ours, theirs in pairs]
+
+
+def summary(values: list[float]) -> str:
+    """Median and range, 24 characters wide."""
+    return f"{statistics.median(values):9.3f} ({min(values):.2f} to {max(values):.2f})".rjust(24)
 
 
 if __name__ == "__main__":

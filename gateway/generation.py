@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from gateway.catalog import Stages
@@ -39,7 +39,9 @@ class Generation:
     _images_in_flight: int = 0
     _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def run(self, request: GenerateRequest, remaining_seconds: float | None) -> AsyncIterator[GenerateResponse]:
+    async def run(
+        self, request: GenerateRequest, remaining_seconds: float | None
+    ) -> AsyncGenerator[GenerateResponse, None]:
         """Everything that happens to a request, in order. Closing the iterator stops its work within one step.
 
         Args:
@@ -56,10 +58,11 @@ class Generation:
         calls = StageCalls(self.stages, _deadline(plan, remaining_seconds))
         with self._admitted(len(plan.images)):
             yield GenerateResponse(accepted=GenerateAccepted(request_id=plan.request_id, images=plan.images))
-            async for event in self._make_pictures(plan, calls):
-                yield event
+            async with aclosing(self._make_pictures(plan, calls)) as events:
+                async for event in events:
+                    yield event
 
-    async def _make_pictures(self, plan: GenerationPlan, calls: StageCalls) -> AsyncIterator[GenerateResponse]:
+    async def _make_pictures(self, plan: GenerationPlan, calls: StageCalls) -> AsyncGenerator[GenerateResponse, None]:
         events: EventQueue = asyncio.Queue(_EVENT_BUFFER)
         leases = Leases(self.channels)
         task = asyncio.create_task(_run(self._pictures(plan, calls, leases, events), events))

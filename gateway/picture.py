@@ -7,6 +7,7 @@ its file are on their way to the client, nothing is repeated.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from gateway.leases import Leases
@@ -132,11 +133,12 @@ class Picture:
     async def _relay(self, request: DecodeRequest, attempts: Attempts) -> DecodeResult:
         """Send the file's chunks on as they come; returns the decoder's result."""
         result = DecodeResult()
-        async for event in self.calls.decode(request, attempts.failed):
-            if event.HasField("chunk"):
-                await self._send(event.chunk)
-            else:
-                result = event.result
+        async with aclosing(self.calls.decode(request, attempts.failed)) as events:
+            async for event in events:
+                if event.HasField("chunk"):
+                    await self._send(event.chunk)
+                else:
+                    result = event.result
         return result
 
     async def _send(self, chunk: FileChunk) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from gateway.replicas import Replica
 from gateway.stage_calls import StageCallError
 from safelight.errors import (
-    DrainingError,
     LeaseExpiredError,
     OverloadedError,
     SafelightError,
@@ -16,7 +15,7 @@ from safelight.errors import (
 )
 from services.common.metrics import Metrics
 
-_REPEATABLE = (OverloadedError, StageUnavailableError, DrainingError)
+_REPEATABLE = (OverloadedError, StageUnavailableError)
 
 
 class InputsLostError(Exception):

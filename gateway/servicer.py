@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from gateway.generation import Generation
 from safelight.v1 import generation_service_pb2 as pb
@@ -18,7 +19,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         sequence = 0
-        async for event in self._generation.run(request, context.time_remaining()):
-            sequence += 1
-            event.sequence = sequence
-            yield event
+        async with aclosing(self._generation.run(request, context.time_remaining())) as events:
+            async for event in events:
+                sequence += 1
+                event.sequence = sequence
+                yield event

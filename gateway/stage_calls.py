@@ -7,7 +7,7 @@ that can't be reached is left out from then on.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,7 +88,7 @@ class StageCalls:
 
     async def decode(
         self, request: decoder_service_pb2.DecodeRequest, avoid: Collection[Replica]
-    ) -> AsyncIterator[decoder_service_pb2.DecodeResponse]:
+    ) -> AsyncGenerator[decoder_service_pb2.DecodeResponse, None]:
         """The file of one picture in chunks, then its result."""
         height, width = request.latents.header.shape[-2:]
         with self._call(self.stages.decoder, request.model, avoid, cost=height * width) as replica:

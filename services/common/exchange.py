@@ -33,8 +33,10 @@ from safelight.v1.tensor_pb2 import TensorHeader, TensorLease, TensorRef
 from services.common.channels import ChannelPool
 from services.common.metrics import Metrics
 from services.common.request_context import Context
+from services.common.settings import SettingsError
 
 CHUNK_BYTES = 1024 * 1024
+_WILDCARDS = ("0.0.0.0:", "[::]:")
 
 
 class Payload(Protocol):
@@ -81,7 +83,13 @@ class TensorStore:
         self._endpoint = ""
 
     def advertise(self, endpoint: str) -> None:
-        """Say at which gRPC target this process serves its leases; known once the server is bound."""
+        """Say at which gRPC target this process serves its leases; known once the server is bound.
+
+        Raises:
+            SettingsError: consumers can't reach that target.
+        """
+        if endpoint.startswith(_WILDCARDS):
+            raise SettingsError(f"advertise: is needed with listen {endpoint}; give the address that others reach")
         self._endpoint = endpoint
 
     def put(self, header: TensorHeader, payload: Payload) -> TensorRef:

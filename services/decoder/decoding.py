@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,7 +42,7 @@ class Decoding:
     tiling: Tiling
     limits: PictureLimits
 
-    async def decode(self, request: pb.DecodeRequest) -> AsyncIterator[pb.DecodeResponse]:
+    async def decode(self, request: pb.DecodeRequest) -> AsyncGenerator[pb.DecodeResponse, None]:
         """The file's chunks, then the result.
 
         Raises:

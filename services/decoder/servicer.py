@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1 import decoder_service_pb2_grpc as pb_grpc
@@ -17,8 +18,9 @@ class DecoderServicer(pb_grpc.DecoderServiceServicer):
         self._decoding = decoding
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> AsyncIterator[pb.DecodeResponse]:
-        async for response in self._decoding.decode(request):
-            yield response
+        async with aclosing(self._decoding.decode(request)) as responses:
+            async for response in responses:
+                yield response
 
     async def EncodeImage(self, request: pb.EncodeImageRequest, context: Context) -> pb.EncodeImageResponse:
         return await self._decoding.encode_image(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Denoising:
     metrics: Metrics
     models: dict[str, ModelDescription]
 
-    async def run(self, request: pb.DenoiseRequest) -> AsyncIterator[Queued | StepDone | Finished]:
+    async def run(self, request: pb.DenoiseRequest) -> AsyncGenerator[Queued | StepDone | Finished, None]:
         """Everything that happens to a request, in order. Closing the iterator stops the request within one step.
 
         Raises:

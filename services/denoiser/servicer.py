@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1 import denoiser_service_pb2_grpc as pb_grpc
@@ -19,9 +20,10 @@ class DenoiserServicer(pb_grpc.DenoiserServiceServicer):
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> AsyncIterator[pb.DenoiseResponse]:
         sequence = 0
-        async for event in self._denoising.run(request):
-            sequence += 1
-            yield _to_response(event, sequence)
+        async with aclosing(self._denoising.run(request)) as events:
+            async for event in events:
+                sequence += 1
+                yield _to_response(event, sequence)
 
 
 def _to_response(event: Queued | StepDone | Finished, sequence: int) -> pb.DenoiseResponse:

@@ -14,7 +14,6 @@ PUBLIC = [
     "CheckpointError",
     "Client",
     "DeadlineExceededError",
-    "DrainingError",
     "EmbeddedStack",
     "Event",
     "FieldViolation",

@@ -10,7 +10,6 @@ from safelight.embedded import EmbeddedStack
 from safelight.errors import (
     CheckpointError,
     DeadlineExceededError,
-    DrainingError,
     FieldViolation,
     InternalError,
     InvalidRequestError,
@@ -44,7 +43,6 @@ __all__ = [
     "CheckpointError",
     "Client",
     "DeadlineExceededError",
-    "DrainingError",
     "EmbeddedStack",
     "Event",
     "FieldViolation",

@@ -11,7 +11,6 @@
     ├── OverloadedError           RESOURCE_EXHAUSTED   the queue is full; nothing was started
     ├── OutOfMemoryError          RESOURCE_EXHAUSTED   the request does not fit the device
     ├── StageUnavailableError     UNAVAILABLE          no healthy replica of a stage
-    ├── DrainingError             UNAVAILABLE          the server is stopping
     ├── DeadlineExceededError     DEADLINE_EXCEEDED    time was up; the work was stopped
     └── InternalError             INTERNAL             a fault of Safelight, logged with the request id
 
@@ -150,12 +149,6 @@ class StageUnavailableError(SafelightError):
     code, reason = grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_STAGE_UNAVAILABLE
 
 
-class DrainingError(SafelightError):
-    """The server is stopping and takes no new work."""
-
-    code, reason = grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_DRAINING
-
-
 class DeadlineExceededError(SafelightError):
     """Time was up; the work was stopped."""
 
@@ -179,7 +172,6 @@ _BY_REASON: dict[str, type[SafelightError]] = {
         OverloadedError,
         OutOfMemoryError,
         StageUnavailableError,
-        DrainingError,
         InternalError,
     )
 }

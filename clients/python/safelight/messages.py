@@ -51,19 +51,19 @@ def to_request(options: GenerationOptions) -> pb.GenerateRequest:
 def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         context=work_pb2.WorkContext(tenant=options.tenant, priority=options.priority),
-        model=options.model,
+        model=options.model or "",
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
         width=_given("width", options.width),
         height=_given("height", options.height),
         sampling=work_pb2.SamplingOptions(
-            sampler=options.sampler,
+            sampler=options.sampler or "",
             sampler_parameters=options.sampler_parameters,
-            schedule=options.schedule,
+            schedule=options.schedule or "",
             schedule_parameters=options.schedule_parameters,
             steps=_given("steps", options.steps),
         ),
-        guidance=work_pb2.GuidanceOptions(scale=options.guidance_scale),
+        guidance=_guidance(options.guidance_scale),
         clip_skip=_given("clip_skip", options.clip_skip),
         num_images=_given("num_images", options.num_images),
         seeds=[] if options.seed is None else [options.seed],
@@ -75,11 +75,15 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
     )
 
 
-def _given(field: str, value: int | None) -> int | None:
-    """The value; a zero would read as "not given" on the wire, so it is refused here."""
+def _guidance(scale: float | None) -> work_pb2.GuidanceOptions:
+    return work_pb2.GuidanceOptions() if scale is None else work_pb2.GuidanceOptions(scale=scale)
+
+
+def _given(field: str, value: int | None) -> int:
+    """The value as the wire has it, where 0 says "not given"; so a zero of the user's is refused here."""
     if value == 0:
         raise InvalidRequestError.of(field, "is 0; must be at least 1, or left out for the default")
-    return value
+    return 0 if value is None else value
 
 
 def _check_prompts(options: GenerationOptions) -> None:

@@ -60,15 +60,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: the contract has this field, the model or this release does not serve it.
     Example: {reason: "ERROR_REASON_UNSUPPORTED", domain: "safelight", metadata: {field: "adapters"}}
     """
-    ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 10
-    """UNAVAILABLE: the server is stopping and takes no new work; another replica will.
-    Example: {reason: "ERROR_REASON_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
-    """
-    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 11
+    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 10
     """INTERNAL: a fault of Safelight, logged with the request id.
     Example: {reason: "ERROR_REASON_INTERNAL", domain: "safelight", metadata: {request_id: "6f1c…"}}
     """
-    ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 12
+    ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 11
     """RESOURCE_EXHAUSTED: the device ran out of memory for this request; ask for a smaller size.
     Example: {reason: "ERROR_REASON_OUT_OF_MEMORY", domain: "safelight", metadata: {stage: "denoiser"}}
     """
@@ -114,15 +110,11 @@ ERROR_REASON_UNSUPPORTED: ErrorReason.ValueType  # 9
 """UNIMPLEMENTED: the contract has this field, the model or this release does not serve it.
 Example: {reason: "ERROR_REASON_UNSUPPORTED", domain: "safelight", metadata: {field: "adapters"}}
 """
-ERROR_REASON_DRAINING: ErrorReason.ValueType  # 10
-"""UNAVAILABLE: the server is stopping and takes no new work; another replica will.
-Example: {reason: "ERROR_REASON_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
-"""
-ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 11
+ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 10
 """INTERNAL: a fault of Safelight, logged with the request id.
 Example: {reason: "ERROR_REASON_INTERNAL", domain: "safelight", metadata: {request_id: "6f1c…"}}
 """
-ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 12
+ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 11
 """RESOURCE_EXHAUSTED: the device ran out of memory for this request; ask for a smaller size.
 Example: {reason: "ERROR_REASON_OUT_OF_MEMORY", domain: "safelight", metadata: {stage: "denoiser"}}
 """

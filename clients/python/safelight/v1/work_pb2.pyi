@@ -404,7 +404,7 @@ class OutputOptions(_message.Message):
     format: Global___OutputFormat.ValueType
     """File format."""
     quality: _builtins.int
-    """Quality of lossy formats, 1 to 100; 0: the default of 90."""
+    """Quality of lossy formats, 1 to 100; 0: the default of 95. PNG takes none."""
     omit_metadata: _builtins.bool
     """Leave the generation parameters out of the file's metadata."""
     def __init__(

@@ -1,0 +1,169 @@
+"""What the split costs: pictures through the four services against the same modules called directly in one process.
+
+    python -m bench.split_overhead                       # the demo model
+    python -m bench.split_overhead --real-width          # SD1.5's sizes, random weights, 512x512, bfloat16
+
+The two take turns. The direct side has no gRPC, no event loop, no lease: it calls encoder, denoising engine, decoder and
+the PNG writer one after the other. The split side is the embedded stack in a child process, through the public client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.real_width import save_real_width_sd15
+from safelight import Client, EmbeddedStack
+from safelight.v1.work_pb2 import GenerationParameters, OutputOptions
+from services.common.manifest import DEMO_MODEL_PATH, Component, ModelEntry
+from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.output_files import picture_file
+from services.decoder.tiling import DEFAULT_TILING
+from services.denoiser.engine import DenoiserEngine
+from services.denoiser.job import DenoiseJob
+from services.denoiser.models.sd15 import SD15Denoiser
+from services.denoiser.sampling.noise import NoiseSource
+from services.denoiser.sampling.planning import plan_sampling
+from services.encoder.models.sd15 import SD15Encoder
+
+PROMPT = "a cat"
+GUIDANCE_SCALE = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn."""
+
+    entry: ModelEntry
+    size: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Seconds a picture, all rounds, and the median of the pairwise ratios."""
+
+    direct_seconds: list[float]
+    split_seconds: list[float]
+    median_overhead_ms: float
+    median_ratio: float
+
+
+class DirectPipeline:
+    """The modules of the stages, called in this process."""
+
+    def __init__(self, case: Case) -> None:
+        cpu = torch.device("cpu")
+        self._case = case
+        self._encoder = SD15Encoder.load(case.entry, cpu)
+        self._engine = DenoiserEngine({"model": SD15Denoiser.load(case.entry, cpu)}, batch_cfg=True)
+        self._decoder = SD15Decoder.load(case.entry, cpu)
+
+    def draw(self, seed: int) -> bytes:
+        """A PNG."""
+        prompts = [self._encoder.tokenize(prompt) for prompt in (PROMPT, "")]
+        positive, negative = self._encoder.encode(prompts, clip_skip=1)
+        job = self._start(seed, positive, negative)
+        for _ in range(job.steps):
+            self._engine.step([job])
+        image = self._decoder.decode(job.state.latents, DEFAULT_TILING)
+        return picture_file(image[0], OutputOptions(), GenerationParameters()).data
+
+    def _start(self, seed: int, positive: object, negative: object) -> DenoiseJob:
+        plan = plan_sampling(
+            self._engine.models["model"].noise_schedule,
+            sampler="euler",
+            schedule="scaled_linear",
+            steps=self._case.steps,
+        )
+        noise = NoiseSource(seed, (1, 4, self._case.size // 8, self._case.size // 8))
+        return DenoiseJob(
+            model="model",
+            plan=plan,
+            noise=noise,
+            state=self._engine.start("model", plan, noise),
+            guidance_scale=GUIDANCE_SCALE,
+            positive=self._engine.prepare("model", positive, "positive"),  # type: ignore[arg-type]
+            negative=self._engine.prepare("model", negative, "negative"),  # type: ignore[arg-type]
+            deadline=None,
+        )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(case: Case, rounds: int) -> Report:
+    """Direct and split in turns; the first round of each warms up and is not counted."""
+    stage = {"dtype": case.entry.denoiser.dtype}
+    entry = {"name": "model", "path": case.entry.path, "encoder": stage, "denoiser": stage, "decoder": stage}
+    direct_pipeline = DirectPipeline(case)
+    direct, split = [], []
+    with EmbeddedStack((entry,)) as stack, Client(stack.endpoint) as client:
+        for seed in range(rounds + 1):
+            direct.append(seconds(lambda seed=seed: direct_pipeline.draw(seed)))
+            split.append(
+                seconds(
+                    lambda seed=seed: client.generate(
+                        PROMPT,
+                        seed=seed,
+                        steps=case.steps,
+                        width=case.size,
+                        height=case.size,
+                        guidance_scale=GUIDANCE_SCALE,
+                    )
+                )
+            )
+    pairs = list(zip(direct, split, strict=True))[1:]
+    return Report(
+        direct_seconds=[a for a, _ in pairs],
+        split_seconds=[b for _, b in pairs],
+        median_overhead_ms=statistics.median((b - a) * 1000 for a, b in pairs),
+        median_ratio=statistics.median(b / a for a, b in pairs),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real-width", action="store_true", help="SD1.5's sizes with random weights, in bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=128, help="pixels of a side; 512 with --real-width")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.real_width:
+            part = Component(dtype="bfloat16")
+            path = str(save_real_width_sd15(Path(folder), torch.bfloat16))
+            entry = ModelEntry(name="model", path=path, encoder=part, denoiser=part, decoder=part)
+            case = Case(entry, size=512, steps=arguments.steps)
+        else:
+            case = Case(ModelEntry(name="model", path=str(DEMO_MODEL_PATH)), arguments.size, arguments.steps)
+        report = measure(case, arguments.rounds)
+    sys.stdout.write(_text(report, as_json=arguments.json) + "\n")
+
+
+def _text(report: Report, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(asdict(report))
+    direct, split = statistics.median(report.direct_seconds), statistics.median(report.split_seconds)
+    return (
+        f"direct {direct:.3f} s, split {split:.3f} s a picture (medians of {len(report.direct_seconds)}); "
+        f"overhead {report.median_overhead_ms:.1f} ms, ratio {report.median_ratio:.4f} (medians of the pairs)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Group normalisation (Wu & He 2018, https://arxiv.org/abs/1803.08494) that is exact for channels_last on a CPU too.
+
+For that memory format torch's CPU kernel takes the variance as the mean of squares less the square of the mean, of sums
+added up one by one in float32. With the 4 million elements that a VAE has in a group it is off by 2e-4 of the deviation,
+by 6e-3 where the mean is ten deviations, and by anything where it is a hundred. The moments are therefore taken here, by
+strips that fit the cache; the rest is torch's batch normalisation, which with the moments of a group is group
+normalisation. Together they take a tenth longer than torch's kernel; a copy to its exact one would take six times as
+long.
+
+Shapes: C channels, H W height and width, L = H * W, G groups, K = C / G channels of a group.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_STRIP_ELEMENTS = 2**17  # half a MiB in float32
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, exact in every memory format: [B, C, H, W] -> [B, C, H, W], in the format of the input."""
+
+    __call__: Callable[..., Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        normed = [self._normed(picture) for picture in x.split(1)]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        mean_C, variance_C = (
+            moment_G.repeat_interleave(self.num_channels // self.num_groups).float()
+            for moment_G in group_moments(x, self.num_groups)
+        )
+        return F.batch_norm(x, mean_C, variance_C, self.weight.float(), self.bias.float(), training=False, eps=self.eps)
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [G], float64, of the groups of one channels_last picture [1, C, H, W]."""
+    x_LC = x.permute(0, 2, 3, 1).flatten(0, 2)
+    length, channels = x_LC.shape
+    strips = x_LC.split(max(_STRIP_ELEMENTS // channels, 1))
+    shift_C = strips[0].float().mean(0)  # near the mean, so that little cancels in the variance
+    first_C, second_C = torch.zeros(2, channels, dtype=torch.float64)
+    for strip in strips:
+        shifted = strip - shift_C
+        first_C += shifted.sum(0)
+        second_C += shifted.square_().sum(0)
+    first_GK, second_GK, shift_GK = (
+        moment.view(groups, -1) for moment in (first_C / length, second_C / length, shift_C)
+    )
+    mean_GK, variance_GK = first_GK + shift_GK, second_GK - first_GK.square()
+    mean_G = mean_GK.mean(1)
+    return mean_G, (variance_GK + (mean_GK - mean_G[:, None]).square()).mean(1)
