@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 in its real sizes with random weights, in the diffusers layout: enough to time, not to look at."""
+"""Stable Diffusion 1.5 in its real sizes with random weights, in the diffusers layout: to time, not to look at."""
 
 from __future__ import annotations
 

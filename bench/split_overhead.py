@@ -3,8 +3,8 @@
     python -m bench.split_overhead                       # the demo model
     python -m bench.split_overhead --real-width          # SD1.5's sizes, random weights, 512x512, bfloat16
 
-The two take turns. The direct side has no gRPC, no event loop, no lease: it calls encoder, denoising engine, decoder and
-the PNG writer one after the other. The split side is the embedded stack in a child process, through the public client.
+The two take turns. The direct side has no gRPC, no event loop, no lease: it calls encoder, denoising engine, decoder
+and the PNG writer one after the other. The split side is the embedded stack in a child process, through the client.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,8 @@ from services.denoiser.models.sd15 import SD15Denoiser
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.planning import plan_sampling
 from services.encoder.models.sd15 import SD15Encoder
+
+Conditioning = Mapping[str, torch.Tensor]
 
 PROMPT = "a cat"
 GUIDANCE_SCALE = 4.0
@@ -78,7 +82,7 @@ class DirectPipeline:
         image = self._decoder.decode(job.state.latents, DEFAULT_TILING)
         return picture_file(image[0], OutputOptions(), GenerationParameters()).data
 
-    def _start(self, seed: int, positive: object, negative: object) -> DenoiseJob:
+    def _start(self, seed: int, positive: Conditioning, negative: Conditioning) -> DenoiseJob:
         plan = plan_sampling(
             self._engine.models["model"].noise_schedule,
             sampler="euler",
@@ -92,8 +96,8 @@ class DirectPipeline:
             noise=noise,
             state=self._engine.start("model", plan, noise),
             guidance_scale=GUIDANCE_SCALE,
-            positive=self._engine.prepare("model", positive, "positive"),  # type: ignore[arg-type]
-            negative=self._engine.prepare("model", negative, "negative"),  # type: ignore[arg-type]
+            positive=self._engine.prepare("model", positive, "positive"),
+            negative=self._engine.prepare("model", negative, "negative"),
             deadline=None,
         )
 
@@ -110,22 +114,17 @@ def measure(case: Case, rounds: int) -> Report:
     stage = {"dtype": case.entry.denoiser.dtype}
     entry = {"name": "model", "path": case.entry.path, "encoder": stage, "denoiser": stage, "decoder": stage}
     direct_pipeline = DirectPipeline(case)
+    options: dict[str, Any] = {
+        "steps": case.steps,
+        "width": case.size,
+        "height": case.size,
+        "guidance_scale": GUIDANCE_SCALE,
+    }
     direct, split = [], []
     with EmbeddedStack((entry,)) as stack, Client(stack.endpoint) as client:
         for seed in range(rounds + 1):
-            direct.append(seconds(lambda seed=seed: direct_pipeline.draw(seed)))
-            split.append(
-                seconds(
-                    lambda seed=seed: client.generate(
-                        PROMPT,
-                        seed=seed,
-                        steps=case.steps,
-                        width=case.size,
-                        height=case.size,
-                        guidance_scale=GUIDANCE_SCALE,
-                    )
-                )
-            )
+            direct.append(seconds(partial(direct_pipeline.draw, seed)))
+            split.append(seconds(partial(client.generate, PROMPT, seed=seed, **options)))
     pairs = list(zip(direct, split, strict=True))[1:]
     return Report(
         direct_seconds=[a for a, _ in pairs],

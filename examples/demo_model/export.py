@@ -19,17 +19,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from train_unet import UnetRecipe, build_scheduler, build_text_tower, build_unet
+from train_text import TextRecipe, build_text_tower
+from train_unet import UnetRecipe, build_scheduler, build_unet
 from training import load_states
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 TEXT_PREFIX = "text_model."
-
-
-def averaged_states(checkpoint: Path, network: str) -> dict[str, torch.Tensor]:
-    """The moving average of one network's weights."""
-    average = load_states(checkpoint)["average"]
-    return {name.removeprefix(f"{network}."): value for name, value in average.items() if name.startswith(f"{network}.")}
 
 
 def load_vae(prepared: Path, decoder: Path | None) -> AutoencoderKL:
@@ -45,12 +40,11 @@ def load_vae(prepared: Path, decoder: Path | None) -> AutoencoderKL:
 
 def build_pipeline(prepared: Path, unet_checkpoint: Path, decoder: Path | None) -> StableDiffusionPipeline:
     """Puts the trained parts together."""
-    recipe = UnetRecipe()
     tokenizer = CLIPTokenizer.from_pretrained(prepared / "tokenizer")
-    tower = build_text_tower(recipe, tokenizer)
-    tower.load_state_dict(averaged_states(unet_checkpoint, "text"))
-    unet = build_unet(recipe)
-    unet.load_state_dict(averaged_states(unet_checkpoint, "unet"))
+    tower = build_text_tower(TextRecipe(), tokenizer)
+    tower.load_state_dict(torch.load(prepared / "text_tower.pt", weights_only=True))
+    unet = build_unet(UnetRecipe())
+    unet.load_state_dict(load_states(unet_checkpoint)["average"])
     return StableDiffusionPipeline(
         vae=load_vae(prepared, decoder),
         text_encoder=tower,

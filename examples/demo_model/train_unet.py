@@ -1,9 +1,9 @@
-"""Trains the text tower and the UNet of the demo model together, on cached latents.
+"""Trains the UNet of the demo model on cached latents and the frozen text tower.
 
 Epsilon prediction on Stable Diffusion 1.5's noise schedule; one caption in ten is empty, for classifier-free guidance.
 As in train_vae.py the learning rate follows the clock and a killed run resumes from its last checkpoint.
 
-    python train_unet.py --prepared /tmp/demo/prepared --minutes 98 --threads 1 --out /tmp/demo/unet
+    python train_unet.py --prepared /tmp/demo/prepared --minutes 60 --threads 1 --out /tmp/demo/unet
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from captions import Subject, build_subjects, random_caption
+from captions import Subject, build_subjects
 from glyphs import load_glyphs
+from train_text import TextRecipe, build_text_tower, choose_captions, tokenize
 from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
 
 
 @dataclass(frozen=True)
 class UnetRecipe:
-    """What the two networks are and how they are trained."""
+    """What the UNet is and how it is trained."""
 
     widths: tuple[int, ...] = (48, 96, 192)
     attention: tuple[bool, ...] = (False, True, True)
     heads: int = 4
     norm_groups: int = 8
     text_width: int = 128
-    text_layers: int = 3
     batch: int = 32
     learning_rate: float = 1e-3
     warm_up: float = 0.02
@@ -42,7 +42,6 @@ class UnetRecipe:
     empty_captions: float = 0.1
     ema_decay: float = 0.999
     snr_gamma: float = 5.0
-    high_noise_boost: float = 5.0
 
 
 def build_unet(recipe: UnetRecipe) -> UNet2DConditionModel:
@@ -70,24 +69,6 @@ def initialise(unet: UNet2DConditionModel) -> None:
             nn.init.zeros_(module.bias)
 
 
-def build_text_tower(recipe: UnetRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Builds the untrained CLIP text tower for the tokenizer's vocabulary."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.text_width,
-        intermediate_size=4 * recipe.text_width,
-        projection_dim=recipe.text_width,
-        num_hidden_layers=recipe.text_layers,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion 1.5's noise schedule."""
     return DDIMScheduler(
@@ -102,30 +83,28 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class CaptionEncoder:
-    """Runs the text tower once per distinct caption of a batch."""
+    """Runs the frozen text tower once per distinct caption of a batch."""
 
     def __init__(self, tokenizer: CLIPTokenizer, tower: CLIPTextModel) -> None:
         self._tokenizer = tokenizer
         self._tower = tower
 
+    @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         distinct = sorted(set(captions))
-        length = self._tokenizer.model_max_length
-        tokens = self._tokenizer(distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        hidden: torch.Tensor = self._tower(tokens.input_ids).last_hidden_state
+        hidden: torch.Tensor = self._tower(tokenize(self._tokenizer, distinct)).last_hidden_state
         position = {caption: index for index, caption in enumerate(distinct)}
         return hidden[torch.tensor([position[caption] for caption in captions])]
 
 
-def step_weights(alphas_cumprod: torch.Tensor, recipe: UnetRecipe) -> torch.Tensor:
+def step_weights(alphas_cumprod: torch.Tensor, snr_gamma: float) -> torch.Tensor:
     """How much each timestep's epsilon error counts.
 
-    Little noise counts less (min-SNR). Much noise counts more: there the sampler decides which picture it will be, and a
-    small epsilon error is a large error of the picture.
+    Little noise counts less (min-SNR). Much noise counts more, so that the error of the *picture* counts the same at every
+    such step: the sampler decides there which picture it draws, and a small epsilon error is a large error of the picture.
     """
     snr = alphas_cumprod / (1.0 - alphas_cumprod)
-    boost = (1.0 + 1.0 / snr).sqrt().clamp_max(recipe.high_noise_boost)
-    return (recipe.snr_gamma / snr).clamp_max(1.0) * boost
+    return (snr_gamma / snr).clamp_max(1.0) * (1.0 + 1.0 / snr)
 
 
 def spread_timesteps(count: int, total: int) -> torch.Tensor:
@@ -134,19 +113,19 @@ def spread_timesteps(count: int, total: int) -> torch.Tensor:
 
 
 class Trainer:
-    """Both networks, their moving averages and the training loop."""
+    """The UNet, its moving average and one step of training."""
 
-    def __init__(self, recipe: UnetRecipe, tokenizer: CLIPTokenizer, latents: torch.Tensor) -> None:
+    def __init__(self, recipe: UnetRecipe, encode: CaptionEncoder, latents: torch.Tensor) -> None:
         self.recipe = recipe
+        self.encode = encode
         self.latents = latents
         self.scheduler = build_scheduler()
-        self.networks = nn.ModuleDict({"unet": build_unet(recipe), "text": build_text_tower(recipe, tokenizer)})
-        initialise(self.networks["unet"])
-        self.average = {name: tensor.clone() for name, tensor in self.networks.state_dict().items()}
-        self.encode = CaptionEncoder(tokenizer, self.networks["text"])
-        self.weights = step_weights(self.scheduler.alphas_cumprod, recipe)
+        self.weights = step_weights(self.scheduler.alphas_cumprod, recipe.snr_gamma)
+        self.unet = build_unet(recipe)
+        initialise(self.unet)
+        self.average = {name: tensor.clone() for name, tensor in self.unet.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            self.networks.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+            self.unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
         )
 
     def loss(self, chosen: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
@@ -156,16 +135,16 @@ class Trainer:
         timesteps = spread_timesteps(len(chosen), self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            predicted = self.networks["unet"](noisy, timesteps, self.encode(captions)).sample
+            predicted = self.unet(noisy, timesteps, self.encode(captions)).sample
         return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * self.weights[timesteps]).mean()
 
     def step(self, chosen: torch.Tensor, captions: Sequence[str], learning_rate: float) -> float:
-        """One update of the networks."""
+        """One update of the UNet."""
         set_learning_rate(self.optimizer, learning_rate)
         loss = self.loss(chosen, captions)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), self.recipe.clip_norm)
+        nn.utils.clip_grad_norm_(self.unet.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         return float(loss.detach())
 
@@ -173,25 +152,19 @@ class Trainer:
     def update_average(self, step: int) -> None:
         """Moves the averages; early on they follow faster, so that they are of use from the start."""
         decay = min(self.recipe.ema_decay, (1 + step) / (10 + step))
-        current = self.networks.state_dict()
-        floating = [name for name, tensor in current.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.average[name] for name in floating], [current[name] for name in floating], 1 - decay)
+        current = self.unet.state_dict()
+        for name, tensor in self.average.items():
+            tensor.lerp_(current[name], 1 - decay)
 
     def states(self) -> dict[str, object]:
         """All that a checkpoint holds."""
-        return {"model": self.networks.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        return {"model": self.unet.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
 
     def restore(self, states: dict[str, dict[str, torch.Tensor]]) -> None:
         """The inverse of `states`."""
-        self.networks.load_state_dict(states["model"])
+        self.unet.load_state_dict(states["model"])
         self.average = states["average"]
         self.optimizer.load_state_dict(states["optimizer"])
-
-
-def choose_captions(subjects: Sequence[Subject], chosen: torch.Tensor, empty_share: float) -> list[str]:
-    """A random caption for each chosen picture, some of them empty."""
-    captions = [random_caption(subjects[index], random) for index in chosen.tolist()]
-    return ["" if random.random() < empty_share else caption for caption in captions]
 
 
 def train(trainer: Trainer, subjects: Sequence[Subject], minutes: float, checkpoint: Path) -> None:
@@ -213,22 +186,31 @@ def train(trainer: Trainer, subjects: Sequence[Subject], minutes: float, checkpo
     save_checkpoint(checkpoint, clock, trainer.states())
 
 
+def load_encoder(prepared: Path) -> CaptionEncoder:
+    """The tokenizer and the trained text tower."""
+    tokenizer = CLIPTokenizer.from_pretrained(prepared / "tokenizer")
+    tower = build_text_tower(TextRecipe(), tokenizer)
+    tower.load_state_dict(torch.load(prepared / "text_tower.pt", weights_only=True))
+    return CaptionEncoder(tokenizer, tower.eval())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote")
-    parser.add_argument("--minutes", type=float, default=98.0)
+    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py and train_text.py filled")
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="a file with UNet weights to start from")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     random.seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = CLIPTokenizer.from_pretrained(arguments.prepared / "tokenizer")
     latents = torch.load(arguments.prepared / "latents.pt", weights_only=True)
-    trainer = Trainer(UnetRecipe(), tokenizer, latents)
-    for name, network in trainer.networks.items():
-        print(f"{name}: {sum(parameter.numel() for parameter in network.parameters())} parameters", flush=True)
+    trainer = Trainer(UnetRecipe(), load_encoder(arguments.prepared), latents)
+    if arguments.start:
+        trainer.unet.load_state_dict(torch.load(arguments.start, weights_only=True))
+    print(f"{sum(parameter.numel() for parameter in trainer.unet.parameters())} parameters", flush=True)
     train(trainer, build_subjects(load_glyphs()), arguments.minutes, arguments.out / "checkpoint.pt")
 
 

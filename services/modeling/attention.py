@@ -1,13 +1,13 @@
 """Scaled dot-product attention over heads that lie side by side in the last dimension.
 
-torch's kernel is used everywhere but for long sequences on a CPU. There it gains nothing from bfloat16, because between
-its two matrix products it goes through every L x S block of logits several times. `_fused_attention` hands the
-exponential to oneDNN, which applies it inside the first product, in float32, while the block is in registers. oneDNN
-has no exponential to fuse but it has the logistic function, and
+torch's kernel is used everywhere but for long bfloat16 sequences on a CPU, where it is no faster than in float32:
+between its two matrix products it goes through every L x S block of logits several times. `_fused_attention` hands the
+exponential to oneDNN, which applies it to the first product's float32 sums while they are in registers. torch offers no
+exponential to fuse there but it offers the logistic function, and
 
     sigmoid(x) = e^x / (1 + e^x) = e^x (1 - O(e^x)),
 
-so with every logit shifted far below zero it is the exponential to the last bit; the shift cancels in the softmax's
+so with every logit shifted far below zero it is the exponential to 1e-7; the shift cancels in the softmax's
 quotient. How far to shift is estimated from the spread of the logits. Each row's sum of exponentials then proves
 whether the estimate was good; a head for which it wasn't is computed again by torch's kernel.
 
@@ -30,8 +30,8 @@ _COLUMN_MULTIPLE = 16
 # 1e-7. Above e^-50 no exponent that matters is under -87, where float32 ends.
 _LARGEST_SUM, _SMALLEST_SUM = math.exp(-16), math.exp(-50)
 _AIM = -34.0  # the logarithm of the sum that the shift aims at, in the middle between them
-# ln(sum of e^s) of S normal logits with deviation d is ln S + d²/2, and 4.1 d when the largest dominates (S = 4096);
-# this slope is within 5 of both up to d = 16.
+# ln(sum of e^s) of S = 4096 normal logits with deviation d is ln S + d²/2, or 4.1 d once the largest dominate (d > 4);
+# ln S + 3 d is within 5 of it up to d = 12, where the limits leave 16.
 _SUM_SLOPE = 3.0
 
 
@@ -52,8 +52,8 @@ def _fused_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
         v_HWS = _values_and_ones(v_BHSD[b])
         for h in range(heads):
             if not _attend(q_HLW[h], k_HSW[h], v_HWS[h], out_BLHD[b, :, h]):
-                exact = F.scaled_dot_product_attention(q_BHLD[b, h, None], k_BHSD[b, h, None], v_BHSD[b, h, None])
-                out_BLHD[b, :, h] = exact[0]
+                head = (slice(b, b + 1), slice(h, h + 1))
+                out_BLHD[b, :, h] = F.scaled_dot_product_attention(q_BHLD[head], k_BHSD[head], v_BHSD[head])[0, 0]
     return out_BLHD.flatten(2)
 
 

@@ -1,11 +1,10 @@
 """Group normalisation (Wu & He 2018, https://arxiv.org/abs/1803.08494) that is exact for channels_last on a CPU too.
 
 For that memory format torch's CPU kernel takes the variance as the mean of squares less the square of the mean, of sums
-added up one by one in float32. With the 4 million elements that a VAE has in a group it is off by 2e-4 of the deviation,
-by 6e-3 where the mean is ten deviations, and by anything where it is a hundred. The moments are therefore taken here, by
-strips that fit the cache; the rest is torch's batch normalisation, which with the moments of a group is group
-normalisation. Together they take a tenth longer than torch's kernel; a copy to its exact one would take six times as
-long.
+added up one by one in float32. With the 4 million elements that a VAE has in a group it is off by 2e-4 of a deviation;
+where the mean is ten deviations, by 6e-3; where it is a hundred, by anything. So the moments are taken here, by strips
+that fit the cache. The rest is torch's batch normalisation, which with the moments of a group is group normalisation.
+Together they take a tenth longer than torch's kernel; a copy to the format it is exact for takes six times as long.
 
 Shapes: C channels, H W height and width, L = H * W, G groups, K = C / G channels of a group.
 """
@@ -27,7 +26,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        normed = [self._normed(picture) for picture in x.split(1)]
+        normed = [self._normed(picture) for picture in torch.split(x, 1)]
         return normed[0] if len(normed) == 1 else torch.cat(normed)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [G], float64, of the groups of one channels_last picture [1, C, H, W]."""
     x_LC = x.permute(0, 2, 3, 1).flatten(0, 2)
     length, channels = x_LC.shape
-    strips = x_LC.split(max(_STRIP_ELEMENTS // channels, 1))
+    strips = torch.split(x_LC, max(_STRIP_ELEMENTS // channels, 1))
     shift_C = strips[0].float().mean(0)  # near the mean, so that little cancels in the variance
     first_C, second_C = torch.zeros(2, channels, dtype=torch.float64)
     for strip in strips:

@@ -22,8 +22,8 @@ _TYPICAL_SIZE = 64
 Activation = Literal["none", "gelu", "sigmoid"]
 
 
-# (height, width) each, and the number of groups.
-ConvGeometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
+# Padding, stride, dilation (height and width each) and the number of groups.
+ConvGeometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 @cache

@@ -24,4 +24,6 @@ def test_an_example_draws(script: str, pictures: list[str], endpoint: str, scrat
         _, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert sorted(path.name for path in scratch.iterdir()) == pictures
-    assert all(Image.open(scratch / name).size == (128, 128) for name in pictures)
+    for name in pictures:
+        with Image.open(scratch / name) as picture:
+            assert picture.size == (128, 128)

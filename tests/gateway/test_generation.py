@@ -139,7 +139,7 @@ async def test_leaving_the_stream_stops_the_work(tiny_manifest: str) -> None:
         async for event in stream:
             if isinstance(event, Progress) and event.stage == "denoiser":
                 break
-        await stream.aclose()  # type: ignore[attr-defined]  # it is an async generator
+        await stream.aclose()
         await cluster.until_idle()
         assert cluster.total("safelight_denoise_steps_total") < 1000
 

@@ -21,6 +21,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from services.decoder.models.autoencoder_kl_keys import Layout, find_layout
 from services.modeling.attention import attention
 from services.modeling.layers import Conv2d, Linear, TensorModule
+from services.modeling.norms import GroupNorm
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 IMAGE_CHANNELS = 3
@@ -47,12 +48,12 @@ class AutoencoderKLParams:
         return 1 << (len(self.block_channels) - 1)
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+def group_norm(groups: int, channels: int) -> GroupNorm:
     """GroupNorm with the epsilon of the reference code."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
     """SiLU of the norm, in place on the norm's own output."""
     return F.silu(norm(x), inplace=True)
 

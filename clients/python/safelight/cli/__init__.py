@@ -26,7 +26,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit code. What went wrong is told on stderr in a sentence."""
     try:
-        return app(arguments, prog_name="safelight", standalone_mode=False) or 0
+        code: int = app(arguments, prog_name="safelight", standalone_mode=False) or 0
+        return _fail(code, "stopped") if code == _INTERRUPTED else code  # some versions of Typer catch Ctrl-C
     except _UsageError as error:
         return _fail(_WRONG_INPUT, error.format_message())
     except (InvalidRequestError, UnsupportedError, UnknownModelError) as error:

@@ -123,6 +123,15 @@ def test_encode_equals_the_posterior_mean_of_diffusers(
     assert relative_error(vae.encode(image), reference.encode(image).latent_dist.mean) <= 1e-5
 
 
+def test_a_flat_picture_is_encoded_as_exactly(tmp_path: Path) -> None:
+    config = small_config(16, 32)
+    reference = reference_vae(config)
+    image = torch.ones(1, 3, 256, 256)
+    image[..., 100:110, 100:110] = -1  # groups whose mean is many deviations
+    vae = load(tmp_path, reference.state_dict(), config)
+    assert relative_error(vae.encode(image), reference.encode(image).latent_dist.mean) <= 1e-5
+
+
 def test_every_layout_gives_the_same_bits(tmp_path: Path) -> None:
     config = small_config(8, 16, 24)
     tensors = reference_vae(config).state_dict()

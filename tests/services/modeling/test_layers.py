@@ -1,0 +1,70 @@
+"""Packed layers equal unpacked ones, and packing loses nothing."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from services.modeling.layers import Conv2d, GatedLinear, Linear, pack_weights
+from services.modeling.packing import can_pack
+
+needs_packing = pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this CPU has no packed products")
+
+LAYERS: dict[str, tuple[Callable[[], Linear | Conv2d], tuple[int, ...]]] = {
+    "linear": (lambda: Linear(24, 40), (2, 5, 24)),
+    "linear without bias": (lambda: Linear(24, 40, bias=False), (3, 24)),
+    "3x3": (lambda: Conv2d(32, 48, 3, padding=1), (2, 32, 6, 8)),
+    "3x3, odd size": (lambda: Conv2d(32, 48, 3, padding=1), (1, 32, 5, 7)),
+    "3x3, few channels": (lambda: Conv2d(4, 48, 3, padding=1), (2, 4, 6, 8)),
+    "3x3, stride 2": (lambda: Conv2d(32, 48, 3, stride=2, padding=1), (2, 32, 5, 8)),
+    "1x1": (lambda: Conv2d(32, 48, 1), (2, 32, 6, 8)),
+}
+
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+def packed(layer: LayerT) -> LayerT:
+    """A packed copy."""
+    layer = copy.deepcopy(layer)
+    pack_weights(layer)
+    return layer
+
+
+def input_of(shape: tuple[int, ...]) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+@needs_packing
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_packed_layer_equals_the_layer(case: str, with_residual: bool) -> None:
+    make, shape = LAYERS[case]
+    layer, x = make(), input_of(shape)
+    layer.requires_grad_(False)
+    residual = torch.randn_like(layer(x)) if with_residual else None
+    torch.testing.assert_close(packed(layer)(x, residual), layer(x, residual), rtol=1e-5, atol=1e-6)
+
+
+@needs_packing
+def test_a_packed_gate_equals_the_gate() -> None:
+    layer, x = GatedLinear(24, 40), input_of((2, 5, 24))
+    layer.requires_grad_(False)
+    torch.testing.assert_close(packed(layer)(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+@needs_packing
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_packed_weight_gives_the_original_back(case: str) -> None:
+    layer = LAYERS[case][0]()
+    assert torch.equal(packed(layer).weight.to_dense(), layer.weight)
+
+
+def test_layers_that_cannot_be_packed_are_left_alone() -> None:
+    layer = Linear(8, 8).to(torch.float64)
+    pack_weights(layer)
+    assert not layer.weight.is_mkldnn
