@@ -24,6 +24,7 @@ from services.denoiser.models.unet_blocks import (
     time_features,
 )
 from services.modeling.layers import Conv2d, Linear, TensorModule, pack_weights
+from services.modeling.norms import GroupNorm
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 # Keys and values of all cross-attentions side by side, [B, L, sum of 2*C]: one tensor, so that one copy joins requests.
@@ -113,7 +114,7 @@ class SDUNet(TensorModule):
             UpLevel(width_in, [skips.pop() for _ in range(params.blocks_per_level + 1)], level, params)
             for level, width_in in zip(range(coarsest, -1, -1), (widths[-1], *widths[:0:-1]), strict=True)
         )
-        self.norm_out = nn.GroupNorm(params.norm_groups, base)
+        self.norm_out = GroupNorm(params.norm_groups, base)
         self.conv_out = Conv2d(base, params.out_channels, 3, padding=1)
 
     def project_context(self, context: Tensor) -> ContextKV:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from services.modeling.attention import attention
 from services.modeling.layers import Conv2d, GatedLinear, Linear, TensorModule
+from services.modeling.norms import GroupNorm
 
 ATTENTION_NORM_EPS = 1e-6  # of the GroupNorm ahead of a transformer; every other norm has torch's 1e-5
 
@@ -23,10 +24,10 @@ class ResBlock(TensorModule):
 
     def __init__(self, width_in: int, width: int, time_width: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, width_in)
+        self.norm1 = GroupNorm(norm_groups, width_in)
         self.conv1 = Conv2d(width_in, width, 3, padding=1)
         self.time = Linear(time_width, width)
-        self.norm2 = nn.GroupNorm(norm_groups, width)
+        self.norm2 = GroupNorm(norm_groups, width)
         self.conv2 = Conv2d(width, width, 3, padding=1)
         self.skip = Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
@@ -105,7 +106,7 @@ class SpatialTransformer(TensorModule):
 
     def __init__(self, width: int, context_width: int, heads: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, width, eps=ATTENTION_NORM_EPS)
+        self.norm = GroupNorm(norm_groups, width, eps=ATTENTION_NORM_EPS)
         self.proj_in = Linear(width, width)
         self.block = TransformerBlock(width, context_width, heads)
         self.proj_out = Linear(width, width)
