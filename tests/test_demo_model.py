@@ -1,4 +1,4 @@
-"""The model that ships with the repository: small, loadable by the reference implementation, and drawn alike by both."""
+"""The model that ships with the repository: small, and drawn alike by us and by the reference implementation."""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ Left to the UNet, the tower would learn this only through the noise of the diffu
 linear head reads the picture's latents off every position from the end token on (the causal mask lets those see the whole
 caption), and the tower is then frozen for the UNet. The empty caption is taught the mean picture.
 
+A second run goes on with the tower of the first and keeps the head fixed. The meaning of the tower's output then stays the
+same, so a UNet that is already training can change over to the better tower.
+
     python train_text.py --prepared /tmp/demo/prepared --steps 2000 --threads 1
 """
 
@@ -87,7 +90,7 @@ def train(
 ) -> None:
     """Trains tower and head to read off `targets`, one row per subject."""
     recipe = TextRecipe()
-    parameters = [*tower.parameters(), *head.parameters()]
+    parameters = [parameter for parameter in (*tower.parameters(), *head.parameters()) if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
     )
@@ -106,6 +109,22 @@ def train(
         optimizer.step()
         if step % recipe.report_every == 0:
             print(f"step {step} loss {float(loss.detach()):.4f}", flush=True)
+
+
+@torch.no_grad()
+def fit_head(
+    tower: CLIPTextModel, tokenizer: CLIPTokenizer, subjects: Sequence[Subject], targets: torch.Tensor
+) -> nn.Linear:
+    """The head that reads an already trained tower best: ridge regression over the main names."""
+    tokens = tokenize(tokenizer, [subject.names[0] for subject in subjects])
+    hidden = torch.cat([tower(chunk).last_hidden_state[:, -1] for chunk in tokens.split(128)]).double()
+    hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
+    gram = hidden.T @ hidden + 1e-2 * torch.eye(hidden.shape[1])
+    solution = torch.linalg.solve(gram, hidden.T @ targets.double()).float()
+    head = nn.Linear(tower.config.hidden_size, targets.shape[1])
+    head.weight.copy_(solution[:-1].T)
+    head.bias.copy_(solution[-1])
+    return head.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -137,6 +156,9 @@ def main() -> None:
     subjects = build_subjects(load_glyphs())
     tower = build_text_tower(TextRecipe(), tokenizer)
     head = nn.Linear(TextRecipe().width, targets.shape[1])
+    if (arguments.prepared / "text_tower.pt").exists():
+        tower.load_state_dict(torch.load(arguments.prepared / "text_tower.pt", weights_only=True))
+        head = fit_head(tower, tokenizer, subjects, targets)
     train(tower, head, tokenizer, subjects, targets, arguments.steps)
     torch.save(tower.state_dict(), arguments.prepared / "text_tower.pt")
     for template, share in measure(tower, head, tokenizer, subjects, targets).items():
