@@ -3,7 +3,8 @@
 An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from services.modeling.packing import (
 )
 from services.modeling.winograd import Tiles, pack_tiles, tiled_conv2d
 
+_UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
 _MIN_TILED_CHANNELS = 32  # with fewer the tiles' transforms cost more than their products save
 
 
@@ -105,11 +107,65 @@ class Conv2d(nn.Conv2d):
         return padding, self.stride, self.dilation, self.groups
 
 
+class Upsample(TensorModule):
+    """Doubles both sides, or comes to a given size: nearest neighbour, then a 3x3 convolution.
+
+    Nearest neighbour repeats pixels, so the nine taps of the convolution meet only 2x2 different ones. Each of the four
+    phases of the output (even or odd row and column) is therefore a 2x2 convolution of the small map whose weights are
+    sums of the 3x3 ones: 16 products instead of 36, and the repeated map never exists.
+    """
+
+    _phases: Sequence[Tensor] | None = None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the convolution."""
+        return self.conv.weight
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """x: [B, C, H, W] -> [B, C, 2H, 2W], or [B, C, *size]."""
+        batch, channels, height, width = x.shape
+        if size is not None and tuple(size) != (2 * height, 2 * width):
+            return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
+        kernels = self._phases or phase_kernels(self.weight)
+        padded = F.pad(x, (1, 1, 1, 1))
+        out = x.new_empty((batch, 2 * height, 2 * width, channels)).permute(0, 3, 1, 2)
+        for (row, column), kernel in zip(product(range(2), range(2)), kernels, strict=True):
+            window = padded[:, :, row : row + height + 1, column : column + width + 1]
+            out[:, :, row::2, column::2] = _unpadded_conv2d(window, kernel, self.conv.bias)
+        return out
+
+    def pack(self) -> None:
+        """Packs the phases; the convolution itself is packed as any other."""
+        self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in phase_kernels(self.weight)]
+
+
+def phase_kernels(weight: Tensor) -> list[Tensor]:
+    """The 2x2 kernels [C_out, C_in, 2, 2] of a 3x3 one [C_out, C_in, 3, 3], row phase first, in its dtype.
+
+    An even output row sees input rows (before; here, here), an odd one (here, here; after). Sums are taken in float32.
+    """
+    taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
+    kernels = torch.einsum("rhk,oikl,cwl->rcohwi", taps, weight.float(), taps).to(weight.dtype)
+    return list(kernels.permute(0, 1, 2, 5, 3, 4).flatten(0, 1))
+
+
 def pack_weights(module: nn.Module) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice."""
+    # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
     for layer in module.modules():
-        if isinstance(layer, Linear | GatedLinear | Conv2d) and can_pack(layer.weight.device.type, layer.weight.dtype):
+        if isinstance(layer, Linear | GatedLinear | Conv2d | Upsample) and can_pack(
+            layer.weight.device.type, layer.weight.dtype
+        ):
             layer.pack()
+
+
+def _unpadded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_conv2d(x, weight, bias, _UNPADDED) if weight.is_mkldnn else F.conv2d(x, weight, bias)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

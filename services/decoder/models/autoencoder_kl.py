@@ -20,7 +20,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from services.decoder.models.autoencoder_kl_keys import Layout, find_layout
 from services.modeling.attention import attention
-from services.modeling.layers import Conv2d, Linear, TensorModule
+from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample
 from services.modeling.norms import GroupNorm
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
@@ -103,40 +103,6 @@ class Downsample(TensorModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(TensorModule):
-    """Doubles both sides: nearest neighbour, then a 3x3 convolution.
-
-    Nearest neighbour repeats pixels, so the nine taps of the convolution meet only 2x2 different ones. Each of the four
-    phases of the output (even or odd row and column) is therefore a 2x2 convolution of the small map whose weights are
-    sums of the 3x3 ones: 16 products instead of 36, and the repeated map never exists.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        kernels = phase_kernels(self.conv.weight)
-        padded = F.pad(x, (1, 1, 1, 1))
-        out = x.new_empty((batch, 2 * height, 2 * width, channels)).permute(0, 3, 1, 2)
-        for row in range(2):
-            for column in range(2):
-                window = padded[:, :, row : row + height + 1, column : column + width + 1]
-                out[:, :, row::2, column::2] = F.conv2d(window, kernels[row, column], self.conv.bias)
-        return out
-
-
-def phase_kernels(weight: Tensor) -> Tensor:
-    """The 2x2 kernels [row phase, column phase, C_out, C_in, 2, 2] of a 3x3 one [C_out, C_in, 3, 3], in its dtype.
-
-    An even output row sees input rows (before; here, here), an odd one (here, here; after). Sums are taken in float32.
-    """
-    taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
-    kernels = torch.einsum("rhk,oikl,cwl->rcohwi", taps, weight.float(), taps).to(weight.dtype)
-    return kernels.permute(0, 1, 2, 5, 3, 4)
 
 
 class EncoderLevel(TensorModule):

@@ -20,10 +20,9 @@ from services.denoiser.models.unet_blocks import (
     Downsample,
     ResBlock,
     SpatialTransformer,
-    Upsample,
     time_features,
 )
-from services.modeling.layers import Conv2d, Linear, TensorModule, pack_weights
+from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample, pack_weights
 from services.modeling.norms import GroupNorm
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 

@@ -129,18 +129,6 @@ class Downsample(TensorModule):
         return self.conv(x)
 
 
-class Upsample(TensorModule):
-    """Doubles height and width, or comes to the size that rounding up had halved."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """x: [B, C, H, W], size: (H', W') -> [B, C, H', W']."""
-        return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
-
-
 def to_tokens(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H*W, C]: a view of channels-last memory."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)

@@ -7,8 +7,9 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from services.modeling.layers import Conv2d, GatedLinear, Linear, pack_weights
+from services.modeling.layers import Conv2d, GatedLinear, Linear, Upsample, pack_weights, phase_kernels
 from services.modeling.packing import can_pack
 
 needs_packing = pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this CPU has no packed products")
@@ -62,6 +63,23 @@ def test_a_packed_gate_equals_the_gate() -> None:
 def test_a_packed_weight_gives_the_original_back(case: str) -> None:
     layer = LAYERS[case][0]()
     assert torch.equal(packed(layer).weight.to_dense(), layer.weight)
+
+
+@pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
+@pytest.mark.parametrize("pack", [pytest.param(True, marks=needs_packing), False])
+def test_upsampling_equals_nearest_neighbour_and_a_convolution(size: tuple[int, int] | None, pack: bool) -> None:
+    layer = Upsample(32).requires_grad_(False)
+    x = input_of((2, 32, 5, 7))
+    repeated = F.interpolate(x, size=size or (10, 14), mode="nearest")
+    expected = F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1)
+    actual = (packed(layer) if pack else layer)(x, size)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_phase_kernels_keep_the_sum_of_the_weights() -> None:
+    weight = torch.randn(5, 7, 3, 3)
+    for kernel in phase_kernels(weight):
+        torch.testing.assert_close(kernel.sum(dim=(2, 3)), weight.sum(dim=(2, 3)))
 
 
 def test_layers_that_cannot_be_packed_are_left_alone() -> None:

@@ -16,7 +16,6 @@ from services.decoder.models.autoencoder_kl import (
     AutoencoderKLParams,
     load_autoencoder_kl,
     params_from_config,
-    phase_kernels,
 )
 from services.decoder.models.autoencoder_kl_keys import DIFFUSERS, DIFFUSERS_BEFORE_0_17, ORIGINAL, Layout
 from services.modeling.weights import CheckpointError, open_checkpoint
@@ -225,12 +224,6 @@ def test_denormalize_undoes_normalize() -> None:
     vae, mean = AutoencoderKL(params), torch.randn(1, 16, 2, 2)
     torch.testing.assert_close(vae.normalize(mean), (mean - 0.1159) * 0.3611)
     torch.testing.assert_close(vae.denormalize(vae.normalize(mean)), mean)
-
-
-def test_phase_kernels_keep_the_sum_of_the_weights() -> None:
-    weight = torch.randn(5, 7, 3, 3)
-    expected = weight.sum(dim=(2, 3)).expand(2, 2, 5, 7)
-    torch.testing.assert_close(phase_kernels(weight).sum(dim=(4, 5)), expected)
 
 
 def test_bf16_stays_close_to_float32(tmp_path: Path) -> None:
