@@ -145,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote; the tower goes there")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--train-head", action="store_true", help="in a second run too: the targets have changed")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -158,7 +159,7 @@ def main() -> None:
     head = nn.Linear(TextRecipe().width, targets.shape[1])
     if (arguments.prepared / "text_tower.pt").exists():
         tower.load_state_dict(torch.load(arguments.prepared / "text_tower.pt", weights_only=True))
-        head = fit_head(tower, tokenizer, subjects, targets)
+        head = fit_head(tower, tokenizer, subjects, targets).requires_grad_(arguments.train_head)
     train(tower, head, tokenizer, subjects, targets, arguments.steps)
     torch.save(tower.state_dict(), arguments.prepared / "text_tower.pt")
     for template, share in measure(tower, head, tokenizer, subjects, targets).items():

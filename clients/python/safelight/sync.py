@@ -15,6 +15,8 @@ from safelight.types import Event, GenerationOptions, GenerationResult, Model
 
 Result = TypeVar("Result")
 
+_SETTLE_SECONDS = 1.0
+
 
 class Client:
     """Talks to a gateway, from ordinary code; safe to share between threads.
@@ -52,7 +54,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls in progress are cancelled, and with them their work. May be repeated."""
         if not self._loop.is_closed():
-            self._wait(self._client.close())
+            self._wait(_end(self._client))
             self._stop_loop()
 
     def generate(
@@ -103,6 +105,13 @@ class Client:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _end(client: AsyncClient) -> None:
+    """Close the client, and let gRPC's own tasks see the end of their calls before the loop stops."""
+    await client.close()
+    if pending := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(pending, timeout=_SETTLE_SECONDS)
 
 
 async def _make(endpoint: str | None) -> AsyncClient:

@@ -1,9 +1,10 @@
-"""Trains the autoencoder's decoder further while its encoder, and with it every cached latent, stays as it is.
+"""Trains decoder and encoder further, each on its own, on fixed latents.
 
-The decoder draws what the user sees, and it can go on learning while (or after) the UNet trains. It sees the latents with
-a little noise, because the UNet's latents are never exact either.
+The decoder draws what the user sees, and it can go on learning while the UNet trains: it learns to draw each picture from
+its cached latents, with a little noise, because the UNet's latents are never exact either. The encoder learns to make
+those latents from the picture.
 
-    python finetune_decoder.py --prepared /tmp/demo/prepared --minutes 30 --threads 1 --out /tmp/demo/decoder
+    python finetune_vae.py --prepared /tmp/demo/coloured --minutes 12 --threads 1 --out /tmp/demo/finetuned
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from diffusers import AutoencoderKL
 
 from glyphs import load_glyphs, to_tensor
 from train_vae import PictureOrder, VaeRecipe, measure_psnr, picture_loss
-from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
+from training import Clock, learning_rate_factor, load_checkpoint, load_states, save_checkpoint, set_learning_rate
 
 
 @dataclass(frozen=True)
-class DecoderRecipe:
-    """How the decoder is trained further."""
+class FinetuneRecipe:
+    """How the autoencoder is trained further."""
 
     batch: int = 4
-    learning_rate: float = 1e-3
-    warm_up: float = 0.02
+    encoder_every: int = 3
+    learning_rate: float = 1.5e-3
+    warm_up: float = 0.03
     latent_noise: float = 0.05
     clip_norm: float = 1.0
 
@@ -39,11 +41,17 @@ def decoder_loss(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tens
     return picture_loss(output, pictures, VaeRecipe())
 
 
+def encoder_loss(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """The squared error of the encoder's latents."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoded = vae.encode(pictures).latent_dist.mode()
+    return (encoded.float() * vae.config.scaling_factor - latents).square().mean()
+
+
 def finetune(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, minutes: float, checkpoint: Path) -> None:
-    """Trains decoder and post_quant_conv until the minutes are over."""
-    recipe, clock = DecoderRecipe(), Clock(budget=60.0 * minutes)
-    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    """Trains until the minutes are over; the encoder, with its easier task, on every third batch."""
+    recipe, clock = FinetuneRecipe(), Clock(budget=60.0 * minutes)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     states = load_checkpoint(checkpoint, clock)
     if states is not None:
         vae.load_state_dict(states["model"])
@@ -53,23 +61,26 @@ def finetune(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, 
         set_learning_rate(optimizer, recipe.learning_rate * learning_rate_factor(clock.done, recipe.warm_up))
         chosen = order.next_batch()
         target = pictures[chosen].contiguous(memory_format=torch.channels_last)
-        loss = decoder_loss(vae, latents[chosen], target, recipe.latent_noise)
         optimizer.zero_grad(set_to_none=True)
+        loss = decoder_loss(vae, latents[chosen], target, recipe.latent_noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+        if clock.step % recipe.encoder_every == 0:
+            encoder_loss(vae, latents[chosen], target).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), recipe.clip_norm)
         optimizer.step()
         clock.tick(float(loss.detach()))
         clock.report(every=50)
         if clock.checkpoint_due():
             save_checkpoint(checkpoint, clock, {"model": vae.state_dict(), "optimizer": optimizer.state_dict()})
-            print(f"PSNR of some pictures {measure_psnr(vae, pictures[::40]):.2f} dB", flush=True)
+            print(f"PSNR of some pictures {measure_psnr(vae, pictures[::80]):.2f} dB", flush=True)
     save_checkpoint(checkpoint, clock, {"model": vae.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote")
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--prepared", type=Path, required=True, help="the folder add_colour.py wrote")
+    parser.add_argument("--start", type=Path, help="the folder of an earlier run to start from")
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     arguments = parser.parse_args()
@@ -79,9 +90,8 @@ def main() -> None:
     pictures = to_tensor(load_glyphs())
     latents = torch.load(arguments.prepared / "latents.pt", weights_only=True)
     vae = AutoencoderKL.from_pretrained(arguments.prepared / "vae").to(memory_format=torch.channels_last)
-    vae.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    vae.post_quant_conv.requires_grad_(True)
+    if arguments.start:
+        vae.load_state_dict(load_states(arguments.start / "checkpoint.pt")["model"])
     finetune(vae, latents, pictures, arguments.minutes, arguments.out / "checkpoint.pt")
 
 
