@@ -8,12 +8,12 @@ from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedErr
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
-from services.common.validation import check_range, check_seed
+from services.common.validation import check_range, check_seed, refuse_unserved
 
 MAX_IMAGES = 64
 MIN_PIXELS = 64
 MAX_GUIDANCE_SCALE = 100
-_UNSUPPORTED = ("adapters", "inputs", "strength", "num_frames", "fps", "preview")
+_UNSERVED = ("adapters", "inputs", "strength", "num_frames", "fps", "preview")
 
 
 def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
@@ -23,10 +23,7 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         UnsupportedError: a field is set that this release does not serve.
         InvalidRequestError: fields are out of range; every one is named.
     """
-    present = {descriptor.name for descriptor, _ in request.ListFields()}
-    for field in _UNSUPPORTED:
-        if field in present:
-            raise UnsupportedError(f"{field}: not served by model {model.name!r}; leave it out", field=field)
+    refuse_unserved(request, _UNSERVED, model.name)
     if request.determinism == DETERMINISM_CLASS_EXACT:
         raise UnsupportedError("determinism: the exact class is not served by this release", field="determinism")
     if violations := list(_violations(request, model)):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
 from glyphs import load_glyphs, to_tensor
 
 BLOCK = 8

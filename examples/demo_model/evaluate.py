@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from PIL import Image, ImageDraw
-
 from captions import build_subjects
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from glyphs import PICTURE_SIZE, load_glyphs, to_tensor
+from PIL import Image, ImageDraw
 from train_vae import measure_psnr
 
 CAPTION_HEIGHT = 14

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
-
 from train_text import TextRecipe, build_text_tower
 from train_unet import UnetRecipe, build_scheduler, build_unet
 from training import load_states
+from transformers import CLIPTextModel, CLIPTokenizer
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 TEXT_PREFIX = "text_model."

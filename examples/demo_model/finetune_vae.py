@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-
 from glyphs import load_glyphs, to_tensor
 from train_vae import PictureOrder, VaeRecipe, measure_psnr, picture_loss
 from training import Clock, learning_rate_factor, load_checkpoint, load_states, save_checkpoint, set_learning_rate

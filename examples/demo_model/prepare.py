@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-
 from captions import TEMPLATES, article, build_subjects
+from diffusers import AutoencoderKL
 from glyphs import load_glyphs, to_tensor
 from tokenizer import save_tokenizer
 from train_vae import VaeRecipe, build_vae

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
 from captions import TEMPLATES, Subject, article, build_subjects, random_caption
 from glyphs import load_glyphs
+from torch import nn
 from training import learning_rate_factor, set_learning_rate
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 @dataclass(frozen=True)

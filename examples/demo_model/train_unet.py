@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
-
 from captions import Subject, build_subjects
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from glyphs import load_glyphs
+from torch import nn
 from train_text import TextRecipe, build_text_tower, choose_captions, tokenize
 from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
+from transformers import CLIPTextModel, CLIPTokenizer
 
 
 @dataclass(frozen=True)

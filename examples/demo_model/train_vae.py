@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-
 from glyphs import load_glyphs, to_tensor
 from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
 

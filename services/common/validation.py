@@ -1,13 +1,23 @@
-"""Checks that more than one service makes; each yields what is wrong with a field, and the remedy."""
+"""Checks that more than one service makes: what is wrong with a field, and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from safelight.errors import FieldViolation
+from google.protobuf.message import Message
+
+from safelight.errors import FieldViolation, UnsupportedError
 
 MAX_SEED = 2**63 - 1
+
+
+def refuse_unserved(request: Message, fields: Iterable[str], model: str) -> None:
+    """Raises UnsupportedError if one of the fields, which the contract has and this release does not serve, is set."""
+    present = {descriptor.name for descriptor, _ in request.ListFields()}
+    for field in fields:
+        if field in present:
+            raise UnsupportedError(f"{field}: not served by model {model!r}; leave it out", field=field)
 
 
 def check_range(field: str, value: float, low: float, high: float) -> Iterator[FieldViolation]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
+from safelight.errors import FieldViolation, InvalidRequestError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
-from services.common.validation import check_range, check_seed
+from services.common.validation import check_range, check_seed, refuse_unserved
 
 _MIN_EXTENT = 1
-_UNSUPPORTED = ("adapters", "initial_latents", "strength", "mask", "preview", "checkpoints", "resume_from")
+_UNSERVED = ("adapters", "initial_latents", "strength", "mask", "preview", "checkpoints", "resume_from")
 
 
 def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> None:
@@ -20,10 +20,7 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
         UnsupportedError: a field is set that this release does not serve.
         InvalidRequestError: fields are out of range; every one is named.
     """
-    present = {descriptor.name for descriptor, _ in request.ListFields()}
-    for field in _UNSUPPORTED:
-        if field in present:
-            raise UnsupportedError(f"{field}: not served by this model; leave it out", field=field)
+    refuse_unserved(request, _UNSERVED, request.model)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
 

@@ -19,6 +19,7 @@ from services.decoder.models.autoencoder_kl import (
 )
 from services.decoder.models.autoencoder_kl_keys import DIFFUSERS, DIFFUSERS_BEFORE_0_17, ORIGINAL, Layout
 from services.modeling.weights import CheckpointError, open_checkpoint
+from tests.support.ldm_layout import ldm_vae_tensors
 
 CPU = torch.device("cpu")
 SD15_CONFIG = {
@@ -62,30 +63,6 @@ def load(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "vae.safetensors")
     checkpoint = open_checkpoint(folder / "vae.safetensors")
     return load_autoencoder_kl(checkpoint, config, device=CPU, dtype=torch.float32)
-
-
-def to_original(tensors: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """diffusers' names and shapes as those of the original single file, by rules written for this test alone."""
-    rules = (
-        (r"mid_block\.resnets\.0", "mid.block_1"),
-        (r"mid_block\.resnets\.1", "mid.block_2"),
-        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-        (r"mid_block\.attentions\.0\.to_([qkv])\.", r"mid.attn_1.\1."),
-        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-        (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{levels - 1 - int(found[1])}.block"),
-        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-        (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{levels - 1 - int(found[1])}.upsample"),
-        (r"conv_norm_out", "norm_out"),
-        (r"conv_shortcut", "nin_shortcut"),
-    )
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        is_attention = ".attn_1." in name and tensor.ndim == 2
-        renamed[f"first_stage_model.{name}"] = tensor[:, :, None, None] if is_attention else tensor
-    return renamed
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -143,7 +120,7 @@ def test_every_layout_gives_the_same_bits(tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 6, 5)
     expected = load(tmp_path, tensors, config).decode(latents)
     assert torch.equal(load(tmp_path, old_names, config).decode(latents), expected)
-    assert torch.equal(load(tmp_path, to_original(tensors, levels=3), config).decode(latents), expected)
+    assert torch.equal(load(tmp_path, ldm_vae_tensors(tensors, levels=3), config).decode(latents), expected)
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -151,7 +128,7 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 
 def test_a_single_file_needs_no_config(tmp_path: Path) -> None:
     config = small_config(32, 64, layers_per_block=2, norm_num_groups=32)
-    single_file = to_original(reference_vae(config).state_dict(), levels=2)
+    single_file = ldm_vae_tensors(reference_vae(config).state_dict(), levels=2)
     single_file["model.diffusion_model.out.0.weight"] = torch.zeros(3)  # of the UNet, which shares the file
     vae = load(tmp_path, single_file, config=None)
     assert vae.params == params_from_config(config)
@@ -175,7 +152,7 @@ def test_names_are_a_bijection_with_the_real_checkpoints() -> None:
     diffusers, original = real_width_names(DIFFUSERS), real_width_names(ORIGINAL)
     assert sorted(diffusers) == sorted(theirs.state_dict())
     assert sorted(f"first_stage_model.{name}" for name in original) == sorted(
-        to_original(theirs.state_dict(), levels=4)
+        ldm_vae_tensors(theirs.state_dict(), levels=4)
     )
     assert len(set(real_width_names(DIFFUSERS_BEFORE_0_17))) == len(diffusers)
 

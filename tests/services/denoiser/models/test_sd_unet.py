@@ -1,8 +1,7 @@
 """The SD 1.x UNet equals diffusers' with the same weights, in both checkpoint layouts, and refuses what doesn't fit."""
 
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from services.denoiser.models.sd_unet import SDUNet, load_sd_unet, stack_context
 from services.denoiser.models.sd_unet_keys import diffusers_sources, ldm_sources
 from services.denoiser.models.sd_unet_params import params_from_config
 from services.modeling.weights import CheckpointError, open_checkpoint
+from tests.support.ldm_layout import ldm_unet_name
 
 CPU = torch.device("cpu")
 TEXT_WIDTH = 24
@@ -94,43 +94,9 @@ def predict(unet: SDUNet, latents: Tensor, timesteps: Tensor, context: Tensor) -
     return unet(latents, timesteps, unet.project_context(context))
 
 
-def to_ldm(name: str, config: Mapping[str, Any]) -> str:
-    """diffusers' name in the original single file; written from the layout of CompVis' openaimodel.py."""
-    per_level = config["layers_per_block"] + 1
-    rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-        (r"^conv_in\.", lambda m: "input_blocks.0.0."),
-        (r"^time_embedding\.linear_([12])", lambda m: f"time_embed.{2 * (int(m[1]) - 1)}"),
-        (r"^conv_norm_out", lambda m: "out.0"),
-        (r"^conv_out", lambda m: "out.2"),
-        (r"^mid_block\.resnets\.([01])", lambda m: f"middle_block.{2 * int(m[1])}"),
-        (r"^mid_block\.attentions\.0", lambda m: "middle_block.1"),
-        (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"input_blocks.{int(m[1]) * per_level + int(m[2]) + 1}.0"),
-        (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{int(m[1]) * per_level + int(m[2]) + 1}.1"),
-        (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{(int(m[1]) + 1) * per_level}.0.op"),
-        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{int(m[1]) * per_level + int(m[2])}.0"),
-        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{int(m[1]) * per_level + int(m[2])}.1"),
-        (
-            r"^up_blocks\.(\d)\.upsamplers\.0",
-            lambda m: (
-                f"output_blocks.{int(m[1]) * per_level + per_level - 1}."
-                f"{2 if 'CrossAttn' in config['up_block_types'][int(m[1])] else 1}"
-            ),
-        ),
-        (r"(put_blocks\.\d+\.0|middle_block\.\d)\.norm1", lambda m: f"{m[1]}.in_layers.0"),
-        (r"(put_blocks\.\d+\.0|middle_block\.\d)\.norm2", lambda m: f"{m[1]}.out_layers.0"),
-        (r"\.conv1\.", lambda m: ".in_layers.2."),
-        (r"\.conv2\.", lambda m: ".out_layers.3."),
-        (r"\.time_emb_proj", lambda m: ".emb_layers.1"),
-        (r"\.conv_shortcut", lambda m: ".skip_connection"),
-    ]
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return f"model.diffusion_model.{name}"
-
-
 def ldm_file(path: Path, reference: UNet2DConditionModel) -> Path:
     """A single file as civitai's: the UNet among a VAE's and averaged weights."""
-    tensors = {to_ldm(name, reference.config): tensor for name, tensor in reference.state_dict().items()}
+    tensors = {ldm_unet_name(name, reference.config): tensor for name, tensor in reference.state_dict().items()}
     others = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
     return saved(path, tensors | others)
 
@@ -197,7 +163,7 @@ def test_the_name_maps_are_bijections_at_full_size() -> None:
     diffusers, ldm = diffusers_sources(names, unet.params), ldm_sources(names, unet.params)
     assert sorted(itertools.chain(*diffusers.values())) == sorted(reference.state_dict())
     assert len(set(itertools.chain(*ldm.values()))) == len(list(itertools.chain(*ldm.values()))) == 686
-    assert {own: tuple(to_ldm(name, config) for name in diffusers[own]) for own in names} == ldm
+    assert {own: tuple(ldm_unet_name(name, config) for name in diffusers[own]) for own in names} == ldm
 
 
 def test_ldm_names_are_those_that_diffusers_converts() -> None:
