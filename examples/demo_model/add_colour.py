@@ -1,9 +1,10 @@
 """Gives the latents the axis of colour that the autoencoder's short training has missed, green against magenta.
 
-After its training the autoencoder tells light from dark and blue from orange, but draws a green apple brown; encoder and
-decoder would have to discover the axis together. Here the latents are told where to carry it: how green each 8x8 block is,
-gets added along that direction of latent space in which blocks of one flat colour vary least, so that it stands in the way
-of nothing. finetune_vae.py then teaches decoder and encoder, each on its own, to use the new latents.
+After its training the autoencoder tells light from dark and blue from orange, but draws a green apple brown; encoder
+and decoder would have to discover the axis together. Here the latents are told where to carry it: how green each 8x8
+block is, gets added along that direction of latent space in which blocks of one flat colour vary least, so that it
+stands in the way of nothing. finetune_vae.py then teaches decoder and encoder, each on its own, to use the new
+latents.
 
     python add_colour.py --prepared /tmp/demo/prepared --out /tmp/demo/coloured
 """

@@ -1,8 +1,8 @@
 """Captions: what a person may type to ask for each emoji.
 
-Unicode's names are the base ("CAT FACE"); names that mislead today are replaced (U+2764 is HEAVY BLACK HEART and is drawn
-red) and common words are added by hand. Every caption belongs to exactly one picture, so "cat" stays the CAT and never
-drifts to one of the cat faces.
+Unicode's names are the base ("CAT FACE"); names that mislead today are replaced (U+2764 is HEAVY BLACK HEART and is
+drawn red) and common words are added by hand. Every caption belongs to exactly one picture, so "cat" stays the CAT
+and never drifts to one of the cat faces.
 """
 
 from __future__ import annotations
@@ -376,7 +376,9 @@ POPULAR = frozenset(
     CHERRIES;WATERMELON;PINEAPPLE;CARROT;EAR OF MAIZE;AVOCADO;BREAD;CHEESE WEDGE;EGG;BALLOON;WRAPPED PRESENT;
     CHRISTMAS TREE;TEDDY BEAR;BOMB;SHIP;HELICOPTER;TRACTOR;BEER MUG;TOP HAT;ATHLETIC SHOE;SNAIL;SPIDER;MOUSE;
     MANTELPIECE CLOCK;MOUNTAIN;PALM TREE;CHERRY BLOSSOM;BABY CHICK;FATHER CHRISTMAS;THUMBS UP SIGN;TOMATO;PEAR;PEACH;
-    TROPICAL FISH;EYE;MAN;WOMAN;BABY;BOY;GIRL;TRUMPET;HAMMER;ANCHOR;BELL;CANDLE;CHAIR;DOOR""".replace("\n    ", "").split(";")
+    TROPICAL FISH;EYE;MAN;WOMAN;BABY;BOY;GIRL;TRUMPET;HAMMER;ANCHOR;BELL;CANDLE;CHAIR;DOOR""".replace(
+        "\n    ", ""
+    ).split(";")
 )
 POPULAR_WEIGHT = 3.0
 

@@ -1,9 +1,10 @@
-"""Writes the model folder in Stable Diffusion 1.5's diffusers layout, from the checkpoints of the trainings.
+r"""Writes the model folder in Stable Diffusion 1.5's diffusers layout, from the checkpoints of the trainings.
 
 Weights are stored in half precision, under the names SD1.5's files use. The folder is replaced file by file with
 renames, so that a reader never meets half a file.
 
-    python export.py --prepared /tmp/demo/prepared --unet /tmp/demo/unet --out ../../services/demo_model
+    python export.py --prepared /tmp/demo/coloured --vae /tmp/demo/finetuned --unet /tmp/demo/unet \
+        --out ../../services/demo_model
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from train_text import TextRecipe, build_text_tower
 from train_unet import UnetRecipe, build_scheduler, build_unet
 from training import load_states
@@ -26,18 +27,14 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 TEXT_PREFIX = "text_model."
 
 
-def load_vae(prepared: Path, decoder: Path | None) -> AutoencoderKL:
-    """The prepared autoencoder, with a further trained decoder where there is one."""
+def load_vae(prepared: Path, finetuned: Path) -> AutoencoderKL:
+    """The prepared autoencoder with the weights of its further training."""
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(prepared / "vae"))
-    if decoder is None:
-        states = load_file(prepared / "vae" / "diffusion_pytorch_model.safetensors")
-    else:
-        states = load_states(decoder / "checkpoint.pt")["model"]
-    vae.load_state_dict(states)
+    vae.load_state_dict(load_states(finetuned / "checkpoint.pt")["model"])
     return vae
 
 
-def build_pipeline(prepared: Path, unet_checkpoint: Path, decoder: Path | None) -> StableDiffusionPipeline:
+def build_pipeline(prepared: Path, finetuned: Path, unet_checkpoint: Path) -> StableDiffusionPipeline:
     """Puts the trained parts together."""
     tokenizer = CLIPTokenizer.from_pretrained(prepared / "tokenizer")
     tower = build_text_tower(TextRecipe(), tokenizer)
@@ -45,7 +42,7 @@ def build_pipeline(prepared: Path, unet_checkpoint: Path, decoder: Path | None) 
     unet = build_unet(UnetRecipe())
     unet.load_state_dict(load_states(unet_checkpoint)["average"])
     return StableDiffusionPipeline(
-        vae=load_vae(prepared, decoder),
+        vae=load_vae(prepared, finetuned),
         text_encoder=tower,
         tokenizer=tokenizer,
         unet=unet,
@@ -91,13 +88,13 @@ def publish(source: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote")
+    parser.add_argument("--prepared", type=Path, required=True, help="the folder add_colour.py wrote")
     parser.add_argument("--unet", type=Path, required=True, help="the folder train_unet.py wrote")
-    parser.add_argument("--decoder", type=Path, help="the folder finetune_decoder.py wrote")
+    parser.add_argument("--vae", type=Path, required=True, help="the folder finetune_vae.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    pipeline = build_pipeline(arguments.prepared, arguments.unet / "checkpoint.pt", arguments.decoder)
+    pipeline = build_pipeline(arguments.prepared, arguments.vae, arguments.unet / "checkpoint.pt")
     with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=".demo_model_") as temporary:
         save_pipeline(pipeline, arguments.prepared / "tokenizer", Path(temporary))
         publish(Path(temporary), arguments.out)

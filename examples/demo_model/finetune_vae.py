@@ -1,8 +1,8 @@
 """Trains decoder and encoder further, each on its own, on fixed latents.
 
-The decoder draws what the user sees, and it can go on learning while the UNet trains: it learns to draw each picture from
-its cached latents, with a little noise, because the UNet's latents are never exact either. The encoder learns to make
-those latents from the picture.
+The decoder draws what the user sees, and it can go on learning while the UNet trains: it learns to draw each picture
+from its cached latents, with a little noise, because the UNet's latents are never exact either. The encoder learns to
+make those latents from the picture.
 
     python finetune_vae.py --prepared /tmp/demo/coloured --minutes 12 --threads 1 --out /tmp/demo/finetuned
 """
@@ -47,7 +47,9 @@ def encoder_loss(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tens
     return (encoded.float() * vae.config.scaling_factor - latents).square().mean()
 
 
-def finetune(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, minutes: float, checkpoint: Path) -> None:
+def finetune(
+    vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, minutes: float, checkpoint: Path
+) -> None:
     """Trains until the minutes are over; the encoder, with its easier task, on every third batch."""
     recipe, clock = FinetuneRecipe(), Clock(budget=60.0 * minutes)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)

@@ -1,13 +1,13 @@
 """Trains the text tower alone, so that its output says in plain linear terms which picture a caption asks for.
 
-Left to the UNet, the tower would learn this only through the noise of the diffusion loss, a thousand times slower. Here a
-linear head reads the picture's latents off every position from the end token on (the causal mask lets those see the whole
-caption), and the tower is then frozen for the UNet. The empty caption is taught the mean picture.
+Left to the UNet, the tower would learn this only through the noise of the diffusion loss, a thousand times slower.
+Here a linear head reads the picture's latents off every position from the end token on (the causal mask lets those
+see the whole caption), and the tower is then frozen for the UNet. The empty caption is taught the mean picture.
 
-A second run goes on with the tower of the first and keeps the head fixed. The meaning of the tower's output then stays the
-same, so a UNet that is already training can change over to the better tower.
+A second run goes on with the tower of the first and keeps the head fixed. The meaning of the tower's output then
+stays the same, so a UNet that is already training can change over to the better tower.
 
-    python train_text.py --prepared /tmp/demo/prepared --steps 2000 --threads 1
+    python train_text.py --prepared /tmp/demo/coloured --steps 3000 --threads 1
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def measure(
     shares = {}
     for template, _ in TEMPLATES:
         captions = [template.format(subject.names[0], a=article(subject.names[0])) for subject in subjects]
-        read = torch.cat([head(tower(chunk).last_hidden_state[:, -1]) for chunk in tokenize(tokenizer, captions).split(128)])
+        read = torch.cat(
+            [head(tower(chunk).last_hidden_state[:, -1]) for chunk in tokenize(tokenizer, captions).split(128)]
+        )
         nearest = torch.cdist(read, targets).argmin(dim=1)
         shares[template] = float((nearest == torch.arange(len(subjects))).float().mean())
     return shares
@@ -142,8 +144,10 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py wrote; the tower goes there")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument(
+        "--prepared", type=Path, required=True, help="the folder add_colour.py wrote; the tower goes there"
+    )
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--train-head", action="store_true", help="in a second run too: the targets have changed")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 Epsilon prediction on Stable Diffusion 1.5's noise schedule; one caption in ten is empty, for classifier-free guidance.
 As in train_vae.py the learning rate follows the clock and a killed run resumes from its last checkpoint.
 
-    python train_unet.py --prepared /tmp/demo/prepared --minutes 60 --threads 1 --out /tmp/demo/unet
+    python train_unet.py --prepared /tmp/demo/coloured --minutes 60 --threads 1 --out /tmp/demo/unet
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def build_unet(recipe: UnetRecipe) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def initialise(unet: UNet2DConditionModel) -> None:
-    """Starts every residual branch and the output at zero, as the original latent-diffusion code did; it trains faster."""
+    """Starts every residual branch and the output at zero, as the original latent-diffusion code did."""
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(module.weight)
@@ -99,15 +99,15 @@ class CaptionEncoder:
 def step_weights(alphas_cumprod: torch.Tensor, snr_gamma: float) -> torch.Tensor:
     """How much each timestep's epsilon error counts.
 
-    Little noise counts less (min-SNR). Much noise counts more, so that the error of the *picture* counts the same at every
-    such step: the sampler decides there which picture it draws, and a small epsilon error is a large error of the picture.
+    Little noise counts less (min-SNR). Much noise counts more, so that the error of the *picture* counts the same at
+    every such step: the sampler decides there which picture it draws, and a small epsilon error is a large error of it.
     """
     snr = alphas_cumprod / (1.0 - alphas_cumprod)
     return (snr_gamma / snr).clamp_max(1.0) * (1.0 + 1.0 / snr)
 
 
 def spread_timesteps(count: int, total: int) -> torch.Tensor:
-    """Random timesteps, one per equal slice of the schedule, in random order: less noise in the loss than independent."""
+    """Random timesteps, one per equal slice of the schedule, in random order; the loss is less noisy so."""
     return ((torch.randperm(count) + torch.rand(count)) * total / count).long().clamp_max(total - 1)
 
 
@@ -195,7 +195,9 @@ def load_encoder(prepared: Path) -> CaptionEncoder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepared", type=Path, required=True, help="the folder prepare.py and train_text.py filled")
+    parser.add_argument(
+        "--prepared", type=Path, required=True, help="the folder add_colour.py and train_text.py filled"
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="a file with UNet weights to start from")

@@ -69,7 +69,7 @@ def initialise(vae: AutoencoderKL) -> None:
 
 
 def picture_loss(output: torch.Tensor, target: torch.Tensor, recipe: VaeRecipe) -> torch.Tensor:
-    """Absolute and squared error of the pixels, plus the absolute error of two coarser scales, which carry the colours."""
+    """Absolute and squared error of the pixels, plus the absolute error of two coarser scales (the colours)."""
     error = output.float() - target
     coarse = torch.stack([F.avg_pool2d(error, kernel).abs().mean() for kernel in recipe.coarse_kernels])
     return error.abs().mean() + error.square().mean() + coarse.sum()

