@@ -6,7 +6,7 @@ block is, gets added along that direction of latent space in which blocks of one
 stands in the way of nothing. finetune_vae.py then teaches decoder and encoder, each on its own, to use the new
 latents.
 
-    python add_colour.py --prepared /tmp/demo/prepared --out /tmp/demo/coloured
+    python -m examples.demo_model.add_colour --prepared /tmp/demo/prepared --out /tmp/demo/coloured
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from glyphs import load_glyphs, to_tensor
+
+from examples.demo_model.glyphs import load_glyphs, to_tensor
 
 BLOCK = 8
 FLAT_SPREAD = 0.08

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glyphs import Glyph
+from examples.demo_model.glyphs import Glyph
 
 # The first entry becomes the name of the picture, in place of Unicode's; the others are synonyms.
 RENAMED: dict[str, tuple[str, ...]] = {

@@ -3,7 +3,7 @@
 A drawing is right when, of all training pictures, the one nearest to it (least squared difference over the 128x128 RGB
 pixels) is the one its caption names. Sampling is Euler with timesteps linspace(999, 0, n), Safelight's default.
 
-    python evaluate.py --model ../../services/demo_model --count 64 --sheet /tmp/demo/sheet.png
+    python -m examples.demo_model.evaluate --model services/demo_model --count 64 --sheet /tmp/demo/sheet.png
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import build_subjects
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from glyphs import PICTURE_SIZE, load_glyphs, to_tensor
 from PIL import Image, ImageDraw
-from train_vae import measure_psnr
+
+from examples.demo_model.captions import build_subjects
+from examples.demo_model.glyphs import PICTURE_SIZE, load_glyphs, to_tensor
+from examples.demo_model.train_vae import measure_psnr
 
 CAPTION_HEIGHT = 14
 SHEET_COLUMNS = 8

@@ -3,8 +3,8 @@ r"""Writes the model folder in Stable Diffusion 1.5's diffusers layout, from the
 Weights are stored in half precision, under the names SD1.5's files use. The folder is replaced file by file with
 renames, so that a reader never meets half a file.
 
-    python export.py --prepared /tmp/demo/coloured --vae /tmp/demo/finetuned --unet /tmp/demo/unet \
-        --out ../../services/demo_model
+    python -m examples.demo_model.export --prepared /tmp/demo/coloured --vae /tmp/demo/finetuned --unet /tmp/demo/unet \
+        --out services/demo_model
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
-from train_text import TextRecipe, build_text_tower
-from train_unet import UnetRecipe, build_scheduler, build_unet
-from training import load_states
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from examples.demo_model.train_text import TextRecipe, build_text_tower
+from examples.demo_model.train_unet import UnetRecipe, build_scheduler, build_unet
+from examples.demo_model.training import load_states
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 TEXT_PREFIX = "text_model."

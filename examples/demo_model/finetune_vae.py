@@ -4,7 +4,7 @@ The decoder draws what the user sees, and it can go on learning while the UNet t
 from its cached latents, with a little noise, because the UNet's latents are never exact either. The encoder learns to
 make those latents from the picture.
 
-    python finetune_vae.py --prepared /tmp/demo/coloured --minutes 12 --threads 1 --out /tmp/demo/finetuned
+    python -m examples.demo_model.finetune_vae --prepared /tmp/demo/coloured --minutes 12 --out /tmp/demo/finetuned
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from glyphs import load_glyphs, to_tensor
-from train_vae import PictureOrder, VaeRecipe, measure_psnr, picture_loss
-from training import Clock, learning_rate_factor, load_checkpoint, load_states, save_checkpoint, set_learning_rate
+
+from examples.demo_model.glyphs import load_glyphs, to_tensor
+from examples.demo_model.train_vae import PictureOrder, VaeRecipe, measure_psnr, picture_loss
+from examples.demo_model.training import (
+    Clock,
+    learning_rate_factor,
+    load_checkpoint,
+    load_states,
+    save_checkpoint,
+    set_learning_rate,
+)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
     canvas = Image.new("RGB", (CANVAS_SIZE, CANVAS_SIZE), "white")
     position = ((CANVAS_SIZE - right - left) / 2, (CANVAS_SIZE - bottom - top) / 2)
     ImageDraw.Draw(canvas).text(position, character, font=font, embedded_color=True)
-    extrema = canvas.getextrema()
-    return None if all(low == 255 for low, _ in extrema) else canvas
+    return None if min(canvas.convert("L").tobytes()) == 255 else canvas
 
 
 def _is_excluded(codepoint: int) -> bool:

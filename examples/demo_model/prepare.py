@@ -4,7 +4,7 @@ The four latent channels come out of training with their own means and spreads. 
 convolutions, so the channels can be centred and brought to one common spread exactly, by folding the change into
 `quant_conv` and its inverse into `post_quant_conv`. The common spread then goes into the VAE's `scaling_factor`.
 
-    python prepare.py --vae /tmp/demo/vae --out /tmp/demo/prepared
+    python -m examples.demo_model.prepare --vae /tmp/demo/vae --out /tmp/demo/prepared
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from captions import TEMPLATES, article, build_subjects
 from diffusers import AutoencoderKL
-from glyphs import load_glyphs, to_tensor
-from tokenizer import save_tokenizer
-from train_vae import VaeRecipe, build_vae
-from training import load_states
+
+from examples.demo_model.captions import TEMPLATES, article, build_subjects
+from examples.demo_model.glyphs import load_glyphs, to_tensor
+from examples.demo_model.tokenizer import save_tokenizer
+from examples.demo_model.train_vae import VaeRecipe, build_vae
+from examples.demo_model.training import load_states
 
 MAX_TOKENS = 32
 

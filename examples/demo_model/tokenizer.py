@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -66,7 +67,7 @@ def learn_merges(counts: Counter[Word], limit: int) -> list[Pair]:
     while len(merges) < limit:
         pairs: Counter[Pair] = Counter()
         for word, count in counts.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

@@ -7,7 +7,7 @@ see the whole caption), and the tower is then frozen for the UNet. The empty cap
 A second run goes on with the tower of the first and keeps the head fixed. The meaning of the tower's output then
 stays the same, so a UNet that is already training can change over to the better tower.
 
-    python train_text.py --prepared /tmp/demo/coloured --steps 3000 --threads 1
+    python -m examples.demo_model.train_text --prepared /tmp/demo/coloured --steps 3000 --threads 1
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from captions import TEMPLATES, Subject, article, build_subjects, random_caption
-from glyphs import load_glyphs
 from torch import nn
-from training import learning_rate_factor, set_learning_rate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from examples.demo_model.captions import TEMPLATES, Subject, article, build_subjects, random_caption
+from examples.demo_model.glyphs import load_glyphs
+from examples.demo_model.training import learning_rate_factor, set_learning_rate
+
+# Which captions a run sees.
+_DRAWS = random.Random(0)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 def choose_captions(subjects: Sequence[Subject], chosen: torch.Tensor, empty_share: float) -> list[str]:
     """A random caption for each chosen picture, some of them empty."""
-    captions = [random_caption(subjects[index], random) for index in chosen.tolist()]
-    return ["" if random.random() < empty_share else caption for caption in captions]
+    captions = [random_caption(subjects[index], _DRAWS) for index in chosen.tolist()]
+    return ["" if _DRAWS.random() < empty_share else caption for caption in captions]
 
 
 def reading_loss(read: torch.Tensor, targets: torch.Tensor, after_end: torch.Tensor) -> torch.Tensor:
@@ -153,7 +157,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    random.seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(arguments.prepared / "tokenizer")
     latents = torch.load(arguments.prepared / "latents.pt", weights_only=True).flatten(1)
     targets = latents - latents.mean(dim=0)

@@ -3,25 +3,31 @@
 Epsilon prediction on Stable Diffusion 1.5's noise schedule; one caption in ten is empty, for classifier-free guidance.
 As in train_vae.py the learning rate follows the clock and a killed run resumes from its last checkpoint.
 
-    python train_unet.py --prepared /tmp/demo/coloured --minutes 60 --threads 1 --out /tmp/demo/unet
+    python -m examples.demo_model.train_unet --prepared /tmp/demo/coloured --minutes 60 --threads 1 --out /tmp/demo/unet
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from captions import Subject, build_subjects
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from glyphs import load_glyphs
 from torch import nn
-from train_text import TextRecipe, build_text_tower, choose_captions, tokenize
-from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from examples.demo_model.captions import Subject, build_subjects
+from examples.demo_model.glyphs import load_glyphs
+from examples.demo_model.train_text import TextRecipe, build_text_tower, choose_captions, tokenize
+from examples.demo_model.training import (
+    Clock,
+    learning_rate_factor,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    random.seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
     latents = torch.load(arguments.prepared / "latents.pt", weights_only=True)
     trainer = Trainer(UnetRecipe(), load_encoder(arguments.prepared), latents)

@@ -2,7 +2,7 @@
 
 A killed run resumes from its last checkpoint.
 
-    python train_vae.py --minutes 22 --threads 2 --out /tmp/demo/vae
+    python -m examples.demo_model.train_vae --minutes 22 --threads 2 --out /tmp/demo/vae
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from glyphs import load_glyphs, to_tensor
-from training import Clock, learning_rate_factor, load_checkpoint, save_checkpoint, set_learning_rate
+
+from examples.demo_model.glyphs import load_glyphs, to_tensor
+from examples.demo_model.training import (
+    Clock,
+    learning_rate_factor,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ def initialise(vae: AutoencoderKL) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv2d) and not name.endswith(("conv1", "conv_out")):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            torch.nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
         if name.endswith(("conv2", "to_out.0")):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
