@@ -28,8 +28,14 @@ _LOG_LINES = 20
 _SENTENCE_MARKS = ("\nsafelight: ", ": error: ")
 # The path of a unix socket has at most about 100 bytes; ours adds some 50 to that of the folder for temporary files.
 _LONGEST_TEMPORARY_FOLDER = 45
-# Set before torch starts; see docs/performance.md.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Set before torch starts; see docs/performance.md. glibc gives a thread's large blocks back to the system when they are
+# freed, and a step on a thread other than the main one then spends a tenth of its time on fresh pages.
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 _LOG_LEVEL_VARIABLE = "SAFELIGHT_STACK_LOG_LEVEL"
 # Exit codes of services/stack.py.
 _ERRORS: dict[int, type[SafelightError]] = {2: InvalidRequestError, 3: CheckpointError}
