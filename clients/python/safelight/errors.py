@@ -10,8 +10,11 @@
     ├── CheckpointError           FAILED_PRECONDITION  weights can't be loaded
     ├── OverloadedError           RESOURCE_EXHAUSTED   the queue is full; nothing was started
     ├── OutOfMemoryError          RESOURCE_EXHAUSTED   the request does not fit the device
+    ├── FingerprintMismatchError  FAILED_PRECONDITION  other weights than those the request was planned with
     ├── StageUnavailableError     UNAVAILABLE          no healthy replica of a stage
+    │   └── StageDrainingError    UNAVAILABLE          the replica stops and hands its requests back
     ├── DeadlineExceededError     DEADLINE_EXCEEDED    time was up; the work was stopped
+    │   └── DeadlineUnreachableError                   refused at once: the work would take longer than its deadline
     └── InternalError             INTERNAL             a fault of Safelight, logged with the request id
 
 A class carries its status code and its `ErrorReason`; servers raise these classes, one interceptor turns them into a
@@ -149,10 +152,28 @@ class StageUnavailableError(SafelightError):
     code, reason = grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_STAGE_UNAVAILABLE
 
 
+class StageDrainingError(StageUnavailableError):
+    """The replica is stopping and has handed the request back; go on elsewhere, from its last checkpoint."""
+
+    reason = pb.ERROR_REASON_STAGE_DRAINING
+
+
+class FingerprintMismatchError(SafelightError):
+    """The weights of a stage, or those that made a tensor, are not those that the request was planned with."""
+
+    code, reason = grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_FINGERPRINT_MISMATCH
+
+
 class DeadlineExceededError(SafelightError):
     """Time was up; the work was stopped."""
 
     code, reason = grpc.StatusCode.DEADLINE_EXCEEDED, pb.ERROR_REASON_UNSPECIFIED
+
+
+class DeadlineUnreachableError(DeadlineExceededError):
+    """Refused at once: the work would take longer than its deadline allows; nothing was started."""
+
+    reason = pb.ERROR_REASON_DEADLINE_UNREACHABLE
 
 
 class InternalError(SafelightError):
@@ -172,6 +193,9 @@ _BY_REASON: dict[str, type[SafelightError]] = {
         OverloadedError,
         OutOfMemoryError,
         StageUnavailableError,
+        StageDrainingError,
+        FingerprintMismatchError,
+        DeadlineUnreachableError,
         InternalError,
     )
 }

@@ -75,6 +75,7 @@ class DecodeResult(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
     """Media type of the file."""
     file_size: _builtins.int
@@ -83,6 +84,8 @@ class DecodeResult(_message.Message):
     """Width of the picture in pixels; 0 for latents."""
     height: _builtins.int
     """Height of the picture in pixels; 0 for latents."""
+    sha256: _builtins.bytes
+    """SHA-256 of the file, 32 bytes."""
     @_builtins.property
     def timing(self) -> _work_pb2.StageTiming:
         """What the decoder spent."""
@@ -95,10 +98,11 @@ class DecodeResult(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         timing: _work_pb2.StageTiming | None = ...,
+        sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_size", b"file_size", "height", b"height", "media_type", b"media_type", "timing", b"timing", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_size", b"file_size", "height", b"height", "media_type", b"media_type", "sha256", b"sha256", "timing", b"timing", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

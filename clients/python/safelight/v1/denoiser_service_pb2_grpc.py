@@ -50,7 +50,9 @@ class DenoiserServiceServicer(object):
         """Denoise makes one latent and reports every step. Cancelling the call, or passing its deadline, stops the
         computation within one step. Requests in flight share forward passes, re-formed between steps.
         INVALID_ARGUMENT: a field is wrong. NOT_FOUND: unknown model, or a conditioning tensor's lease has ended.
-        RESOURCE_EXHAUSTED: queue full. DATA_LOSS: a tensor does not match its header. FAILED_PRECONDITION: the latent is not finite.
+        RESOURCE_EXHAUSTED: queue full. DATA_LOSS: a tensor does not match its header. FAILED_PRECONDITION: the latent is not
+        finite, or fingerprints differ. UNAVAILABLE (ERROR_REASON_STAGE_DRAINING): the replica stops; go on elsewhere from
+        the checkpoint it sent last. A heartbeat comes wherever nothing else does for half a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

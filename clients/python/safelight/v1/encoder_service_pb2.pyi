@@ -31,10 +31,13 @@ class EncodeRequest(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     clip_skip: _builtins.int
     """CLIP layer to take, counted from the end: 1 is the last. 0: the model's default."""
+    determinism: _work_pb2.DeterminismClass.ValueType
+    """How equal repeated runs must be. In the exact class every prompt is encoded by itself."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -55,10 +58,11 @@ class EncodeRequest(_message.Message):
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         clip_skip: _builtins.int = ...,
         inputs: _abc.Iterable[_work_pb2.MediaInput] | None = ...,
+        determinism: _work_pb2.DeterminismClass.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_skip", b"clip_skip", "context", b"context", "inputs", b"inputs", "model", b"model", "prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "inputs", b"inputs", "model", b"model", "prompts", b"prompts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,6 +68,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: the device ran out of memory for this request; ask for a smaller size.
     Example: {reason: "ERROR_REASON_OUT_OF_MEMORY", domain: "safelight", metadata: {stage: "denoiser"}}
     """
+    ERROR_REASON_DEADLINE_UNREACHABLE: _ErrorReason.ValueType  # 12
+    """DEADLINE_EXCEEDED: refused at once, because the work would take longer than its deadline allows; nothing was started.
+    Example: {reason: "ERROR_REASON_DEADLINE_UNREACHABLE", domain: "safelight", metadata: {estimated_seconds: "12.4", remaining_seconds: "5.0"}}
+    """
+    ERROR_REASON_FINGERPRINT_MISMATCH: _ErrorReason.ValueType  # 13
+    """FAILED_PRECONDITION: the stage's weights, or those that made a tensor, are not those that the request was planned with.
+    Example: {reason: "ERROR_REASON_FINGERPRINT_MISMATCH", domain: "safelight", metadata: {field: "latents", stage: "decoder"}}
+    """
+    ERROR_REASON_STAGE_DRAINING: _ErrorReason.ValueType  # 14
+    """UNAVAILABLE: the replica is stopping and has handed the request back; the last checkpoint before it says from where to go on.
+    Example: {reason: "ERROR_REASON_STAGE_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. A program acts on the reason; the status message is for people."""
@@ -117,5 +129,17 @@ Example: {reason: "ERROR_REASON_INTERNAL", domain: "safelight", metadata: {reque
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 11
 """RESOURCE_EXHAUSTED: the device ran out of memory for this request; ask for a smaller size.
 Example: {reason: "ERROR_REASON_OUT_OF_MEMORY", domain: "safelight", metadata: {stage: "denoiser"}}
+"""
+ERROR_REASON_DEADLINE_UNREACHABLE: ErrorReason.ValueType  # 12
+"""DEADLINE_EXCEEDED: refused at once, because the work would take longer than its deadline allows; nothing was started.
+Example: {reason: "ERROR_REASON_DEADLINE_UNREACHABLE", domain: "safelight", metadata: {estimated_seconds: "12.4", remaining_seconds: "5.0"}}
+"""
+ERROR_REASON_FINGERPRINT_MISMATCH: ErrorReason.ValueType  # 13
+"""FAILED_PRECONDITION: the stage's weights, or those that made a tensor, are not those that the request was planned with.
+Example: {reason: "ERROR_REASON_FINGERPRINT_MISMATCH", domain: "safelight", metadata: {field: "latents", stage: "decoder"}}
+"""
+ERROR_REASON_STAGE_DRAINING: ErrorReason.ValueType  # 14
+"""UNAVAILABLE: the replica is stopping and has handed the request back; the last checkpoint before it says from where to go on.
+Example: {reason: "ERROR_REASON_STAGE_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

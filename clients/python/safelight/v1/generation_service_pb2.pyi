@@ -45,6 +45,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name. Empty: the only model, if just one is served."""
     prompt: _builtins.str
@@ -67,6 +68,10 @@ class GenerateRequest(_message.Message):
     """How much of the input picture or film is replaced, 0 to 1."""
     determinism: _work_pb2.DeterminismClass.ValueType
     """How equal repeated runs must be."""
+    after_sequence: _builtins.int
+    """Number of the last event that the caller has of a request with this idempotency key: those after it are sent. When
+    the gateway does not know the key any more, the request runs anew and its events begin at 1. 0: all events.
+    """
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -121,16 +126,58 @@ class GenerateRequest(_message.Message):
         output: _work_pb2.OutputOptions | None = ...,
         preview: _work_pb2.PreviewOptions | None = ...,
         determinism: _work_pb2.DeterminismClass.ValueType = ...,
+        after_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "context", b"context", "guidance", b"guidance", "output", b"output", "preview", b"preview", "sampling", b"sampling", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "fps", b"fps", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "num_frames", b"num_frames", "num_images", b"num_images", "output", b"output", "preview", b"preview", "prompt", b"prompt", "sampling", b"sampling", "seeds", b"seeds", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "after_sequence", b"after_sequence", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "fps", b"fps", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "num_frames", b"num_frames", "num_images", b"num_images", "output", b"output", "preview", b"preview", "prompt", b"prompt", "sampling", b"sampling", "seeds", b"seeds", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class CancelRequest(_message.Message):
+    """Stops a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def context(self) -> _work_pb2.WorkContext:
+        """Its tenant and its idempotency key (or its request id) name the request."""
+
+    def __init__(
+        self,
+        *,
+        context: _work_pb2.WorkContext | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+
+@_typing.final
+class CancelResponse(_message.Message):
+    """Empty: a request that is not there is stopped already."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
 class GenerateAccepted(_message.Message):
@@ -140,8 +187,11 @@ class GenerateAccepted(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    ESTIMATED_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request in the logs of every stage."""
+    estimated_seconds: _builtins.float
+    """Seconds until the result, as the gateway estimates them from the stages' present load."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.GenerationParameters]:
         """The parameters of each picture, all defaults filled in."""
@@ -151,10 +201,11 @@ class GenerateAccepted(_message.Message):
         *,
         request_id: _builtins.str = ...,
         images: _abc.Iterable[_work_pb2.GenerationParameters] | None = ...,
+        estimated_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_seconds", b"estimated_seconds", "images", b"images", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,10 +323,15 @@ class ImageReceipt(_message.Message):
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     TRUNCATED_PROMPT_FIELD_NUMBER: _builtins.int
     TRUNCATED_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
+    STEPS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    STEPS_SAVED_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    FILE_SIZE_FIELD_NUMBER: _builtins.int
+    FILE_SHA256_FIELD_NUMBER: _builtins.int
     image_index: _builtins.int
     """Which picture, from 0."""
     steps_run: _builtins.int
-    """Steps computed."""
+    """Steps computed on all replicas together."""
     determinism: _work_pb2.DeterminismClass.ValueType
     """How equal a repeated run will be."""
     token_count: _builtins.int
@@ -284,13 +340,25 @@ class ImageReceipt(_message.Message):
     """The end of the prompt that did not fit the model's context and was left out."""
     truncated_negative_prompt: _builtins.str
     """The end of the negative prompt that did not fit and was left out."""
+    steps_recomputed: _builtins.int
+    """Steps computed twice, because a replica was lost after its last checkpoint."""
+    steps_saved: _builtins.int
+    """Steps that were asked for and left out, as `min_steps` allows."""
+    file_size: _builtins.int
+    """Size of its file in bytes."""
+    file_sha256: _builtins.bytes
+    """SHA-256 of its file, 32 bytes."""
     @_builtins.property
     def parameters(self) -> _work_pb2.GenerationParameters:
         """Its parameters, with the fingerprints of the weights."""
 
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.StageTiming]:
-        """The replicas on its way and the seconds each spent."""
+        """The replicas on its way, in order, those that were lost included, and what each spent."""
+
+    @_builtins.property
+    def output(self) -> _work_pb2.OutputOptions:
+        """How its file was written."""
 
     def __init__(
         self,
@@ -303,10 +371,15 @@ class ImageReceipt(_message.Message):
         token_count: _builtins.int = ...,
         truncated_prompt: _builtins.str = ...,
         truncated_negative_prompt: _builtins.str = ...,
+        steps_recomputed: _builtins.int = ...,
+        steps_saved: _builtins.int = ...,
+        output: _work_pb2.OutputOptions | None = ...,
+        file_size: _builtins.int = ...,
+        file_sha256: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism", b"determinism", "image_index", b"image_index", "parameters", b"parameters", "steps_run", b"steps_run", "timings", b"timings", "token_count", b"token_count", "truncated_negative_prompt", b"truncated_negative_prompt", "truncated_prompt", b"truncated_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism", b"determinism", "file_sha256", b"file_sha256", "file_size", b"file_size", "image_index", b"image_index", "output", b"output", "parameters", b"parameters", "steps_recomputed", b"steps_recomputed", "steps_run", b"steps_run", "steps_saved", b"steps_saved", "timings", b"timings", "token_count", b"token_count", "truncated_negative_prompt", b"truncated_negative_prompt", "truncated_prompt", b"truncated_prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,11 @@ class GenerationServiceStub(object):
                 request_serializer=safelight_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=safelight_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/safelight.v1.GenerationService/Cancel',
+                request_serializer=safelight_dot_v1_dot_generation__service__pb2.CancelRequest.SerializeToString,
+                response_deserializer=safelight_dot_v1_dot_generation__service__pb2.CancelResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -53,6 +58,18 @@ class GenerationServiceServicer(object):
         NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
         RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
         UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+
+        With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
+        of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
+        lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Cancel stops a request within one step, whether or not a call is attached to it. Unknown requests are ignored, so it
+        may be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +82,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=safelight_dot_v1_dot_generation__service__pb2.GenerateRequest.FromString,
                     response_serializer=safelight_dot_v1_dot_generation__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=safelight_dot_v1_dot_generation__service__pb2.CancelRequest.FromString,
+                    response_serializer=safelight_dot_v1_dot_generation__service__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,6 +117,33 @@ class GenerationService(object):
             '/safelight.v1.GenerationService/Generate',
             safelight_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
             safelight_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/safelight.v1.GenerationService/Cancel',
+            safelight_dot_v1_dot_generation__service__pb2.CancelRequest.SerializeToString,
+            safelight_dot_v1_dot_generation__service__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -23,6 +23,14 @@ class GenerationServiceStub:
     NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
     RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
     UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+
+    With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
+    of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
+    lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.CancelRequest, _generation_service_pb2.CancelResponse]
+    """Cancel stops a request within one step, whether or not a call is attached to it. Unknown requests are ignored, so it
+    may be repeated.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -40,6 +48,20 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
         RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
         UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+
+        With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
+        of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
+        lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _generation_service_pb2.CancelRequest,
+        context: _aio.ServicerContext[_generation_service_pb2.CancelRequest, _abc.Awaitable[_generation_service_pb2.CancelResponse]],
+    ) -> _abc.Awaitable[_generation_service_pb2.CancelResponse]:
+        """Cancel stops a request within one step, whether or not a call is attached to it. Unknown requests are ignored, so it
+        may be repeated.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _aio.Server) -> None: ...

@@ -120,6 +120,7 @@ class DenoiserDescription(_message.Message):
     DEFAULT_LATENT_HEIGHT_FIELD_NUMBER: _builtins.int
     MAX_LATENT_AREA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     latent_channels: _builtins.int
@@ -138,6 +139,8 @@ class DenoiserDescription(_message.Message):
     """Most latent elements of a plane (width times height)."""
     dtype: _tensor_pb2.DataType.ValueType
     """Dtype of the computation."""
+    previews: _builtins.bool
+    """Whether it can make previews: the model has a map from latents to colours."""
     @_builtins.property
     def conditioning(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the conditioning tensors it needs."""
@@ -165,10 +168,11 @@ class DenoiserDescription(_message.Message):
         default_latent_height: _builtins.int = ...,
         max_latent_area: _builtins.int = ...,
         dtype: _tensor_pb2.DataType.ValueType = ...,
+        previews: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "latent_channels", b"latent_channels", "max_latent_area", b"max_latent_area", "max_steps", b"max_steps", "samplers", b"samplers", "schedules", b"schedules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "latent_channels", b"latent_channels", "max_latent_area", b"max_latent_area", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

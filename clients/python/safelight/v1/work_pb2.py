@@ -26,53 +26,57 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from safelight.v1 import tensor_pb2 as safelight_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17safelight/v1/work.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\"\x8a\x01\n\x0bWorkContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf1\x02\n\x0fSamplingOptions\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12P\n\x12sampler_parameters\x18\x02 \x03(\x0b\x32\x34.safelight.v1.SamplingOptions.SamplerParametersEntry\x12\x10\n\x08schedule\x18\x03 \x01(\t\x12R\n\x13schedule_parameters\x18\x04 \x03(\x0b\x32\x35.safelight.v1.SamplingOptions.ScheduleParametersEntry\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x11\n\tmin_steps\x18\x06 \x01(\x05\x1a\x38\n\x16SamplerParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x39\n\x17ScheduleParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x0fGuidanceOptions\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0f\x64istilled_scale\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x12\n\x10_distilled_scale\"&\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\"A\n\nMediaInput\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x0ePreviewOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"(\n\x11\x43heckpointOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"J\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12.\n\rsampler_state\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"c\n\rOutputOptions\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.safelight.v1.OutputFormat\x12\x0f\n\x07quality\x18\x02 \x01(\x05\x12\x15\n\romit_metadata\x18\x03 \x01(\x08\"T\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\x05\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x11\n\tfile_size\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xf1\x02\n\x14GenerationParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x03\x12J\n\x0c\x66ingerprints\x18\n \x03(\x0b\x32\x34.safelight.v1.GenerationParameters.FingerprintsEntry\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01*r\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45TERMINISM_CLASS_ROUNDING\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x02*~\n\tMediaRole\x12\x1a\n\x16MEDIA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_ROLE_IMAGE\x10\x01\x12\x13\n\x0fMEDIA_ROLE_MASK\x10\x02\x12\x14\n\x10MEDIA_ROLE_VIDEO\x10\x03\x12\x14\n\x10MEDIA_ROLE_AUDIO\x10\x04*\x8f\x01\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x12\x19\n\x15OUTPUT_FORMAT_LATENTS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17safelight/v1/work.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\"\x82\x02\n\x0bWorkContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x41\n\x0c\x66ingerprints\x18\x06 \x03(\x0b\x32+.safelight.v1.WorkContext.FingerprintsEntry\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf1\x02\n\x0fSamplingOptions\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12P\n\x12sampler_parameters\x18\x02 \x03(\x0b\x32\x34.safelight.v1.SamplingOptions.SamplerParametersEntry\x12\x10\n\x08schedule\x18\x03 \x01(\t\x12R\n\x13schedule_parameters\x18\x04 \x03(\x0b\x32\x35.safelight.v1.SamplingOptions.ScheduleParametersEntry\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x11\n\tmin_steps\x18\x06 \x01(\x05\x1a\x38\n\x16SamplerParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x39\n\x17ScheduleParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x0fGuidanceOptions\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0f\x64istilled_scale\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x12\n\x10_distilled_scale\"&\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\"A\n\nMediaInput\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x0ePreviewOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"(\n\x11\x43heckpointOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"J\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12.\n\rsampler_state\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"c\n\rOutputOptions\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.safelight.v1.OutputFormat\x12\x0f\n\x07quality\x18\x02 \x01(\x05\x12\x15\n\romit_metadata\x18\x03 \x01(\x08\"d\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\x05\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x11\n\tfile_size\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x03\"\xf1\x02\n\x14GenerationParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x03\x12J\n\x0c\x66ingerprints\x18\n \x03(\x0b\x32\x34.safelight.v1.GenerationParameters.FingerprintsEntry\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x84\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x03*r\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45TERMINISM_CLASS_ROUNDING\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x02*~\n\tMediaRole\x12\x1a\n\x16MEDIA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_ROLE_IMAGE\x10\x01\x12\x13\n\x0fMEDIA_ROLE_MASK\x10\x02\x12\x14\n\x10MEDIA_ROLE_VIDEO\x10\x03\x12\x14\n\x10MEDIA_ROLE_AUDIO\x10\x04*\x8f\x01\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x12\x19\n\x15OUTPUT_FORMAT_LATENTS\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.work_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WORKCONTEXT_FINGERPRINTSENTRY']._loaded_options = None
+  _globals['_WORKCONTEXT_FINGERPRINTSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._loaded_options = None
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_options = b'8\001'
-  _globals['_DETERMINISMCLASS']._serialized_start=1631
-  _globals['_DETERMINISMCLASS']._serialized_end=1745
-  _globals['_MEDIAROLE']._serialized_start=1747
-  _globals['_MEDIAROLE']._serialized_end=1873
-  _globals['_OUTPUTFORMAT']._serialized_start=1876
-  _globals['_OUTPUTFORMAT']._serialized_end=2019
+  _globals['_DETERMINISMCLASS']._serialized_start=1807
+  _globals['_DETERMINISMCLASS']._serialized_end=1921
+  _globals['_MEDIAROLE']._serialized_start=1923
+  _globals['_MEDIAROLE']._serialized_end=2049
+  _globals['_OUTPUTFORMAT']._serialized_start=2052
+  _globals['_OUTPUTFORMAT']._serialized_end=2195
   _globals['_WORKCONTEXT']._serialized_start=102
-  _globals['_WORKCONTEXT']._serialized_end=240
-  _globals['_SAMPLINGOPTIONS']._serialized_start=243
-  _globals['_SAMPLINGOPTIONS']._serialized_end=612
-  _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._serialized_start=497
-  _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._serialized_end=553
-  _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_start=555
-  _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_end=612
-  _globals['_GUIDANCEOPTIONS']._serialized_start=614
-  _globals['_GUIDANCEOPTIONS']._serialized_end=711
-  _globals['_ADAPTER']._serialized_start=713
-  _globals['_ADAPTER']._serialized_end=751
-  _globals['_MEDIAINPUT']._serialized_start=753
-  _globals['_MEDIAINPUT']._serialized_end=818
-  _globals['_PREVIEWOPTIONS']._serialized_start=820
-  _globals['_PREVIEWOPTIONS']._serialized_end=857
-  _globals['_CHECKPOINTOPTIONS']._serialized_start=859
-  _globals['_CHECKPOINTOPTIONS']._serialized_end=899
-  _globals['_CHECKPOINT']._serialized_start=901
-  _globals['_CHECKPOINT']._serialized_end=975
-  _globals['_OUTPUTOPTIONS']._serialized_start=977
-  _globals['_OUTPUTOPTIONS']._serialized_end=1076
-  _globals['_FILECHUNK']._serialized_start=1078
-  _globals['_FILECHUNK']._serialized_end=1162
-  _globals['_GENERATIONPARAMETERS']._serialized_start=1165
-  _globals['_GENERATIONPARAMETERS']._serialized_end=1534
-  _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_start=1483
-  _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_end=1534
-  _globals['_STAGETIMING']._serialized_start=1536
-  _globals['_STAGETIMING']._serialized_end=1629
+  _globals['_WORKCONTEXT']._serialized_end=360
+  _globals['_WORKCONTEXT_FINGERPRINTSENTRY']._serialized_start=309
+  _globals['_WORKCONTEXT_FINGERPRINTSENTRY']._serialized_end=360
+  _globals['_SAMPLINGOPTIONS']._serialized_start=363
+  _globals['_SAMPLINGOPTIONS']._serialized_end=732
+  _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._serialized_start=617
+  _globals['_SAMPLINGOPTIONS_SAMPLERPARAMETERSENTRY']._serialized_end=673
+  _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_start=675
+  _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_end=732
+  _globals['_GUIDANCEOPTIONS']._serialized_start=734
+  _globals['_GUIDANCEOPTIONS']._serialized_end=831
+  _globals['_ADAPTER']._serialized_start=833
+  _globals['_ADAPTER']._serialized_end=871
+  _globals['_MEDIAINPUT']._serialized_start=873
+  _globals['_MEDIAINPUT']._serialized_end=938
+  _globals['_PREVIEWOPTIONS']._serialized_start=940
+  _globals['_PREVIEWOPTIONS']._serialized_end=977
+  _globals['_CHECKPOINTOPTIONS']._serialized_start=979
+  _globals['_CHECKPOINTOPTIONS']._serialized_end=1019
+  _globals['_CHECKPOINT']._serialized_start=1021
+  _globals['_CHECKPOINT']._serialized_end=1095
+  _globals['_OUTPUTOPTIONS']._serialized_start=1097
+  _globals['_OUTPUTOPTIONS']._serialized_end=1196
+  _globals['_FILECHUNK']._serialized_start=1198
+  _globals['_FILECHUNK']._serialized_end=1298
+  _globals['_GENERATIONPARAMETERS']._serialized_start=1301
+  _globals['_GENERATIONPARAMETERS']._serialized_end=1670
+  _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_start=309
+  _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_end=360
+  _globals['_STAGETIMING']._serialized_start=1673
+  _globals['_STAGETIMING']._serialized_end=1805
 # @@protoc_insertion_point(module_scope)

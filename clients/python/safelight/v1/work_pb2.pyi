@@ -115,11 +115,32 @@ class WorkContext(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FingerprintsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs, metrics exemplars and errors of every stage; the gateway makes one when it is empty."""
     idempotency_key: _builtins.str
@@ -132,6 +153,12 @@ class WorkContext(_message.Message):
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """The result is worthless after this moment; unset: no deadline but the call's own."""
 
+    @_builtins.property
+    def fingerprints(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Fingerprints of the weights that the request was planned with, by stage ("encoder", "denoiser", "decoder"). A stage
+        refuses to work with other weights, or on tensors that other weights made. A stage that is missing: any weights.
+        """
+
     def __init__(
         self,
         *,
@@ -140,10 +167,11 @@ class WorkContext(_message.Message):
         tenant: _builtins.str = ...,
         priority: _builtins.int = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
+        fingerprints: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "idempotency_key", b"idempotency_key", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "fingerprints", b"fingerprints", "idempotency_key", b"idempotency_key", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -344,13 +372,13 @@ Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
 
 @_typing.final
 class CheckpointOptions(_message.Message):
-    """When to send checkpoints."""
+    """When to send checkpoints. Unset: none."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """A checkpoint every so many steps; 0: none."""
+    """A checkpoint every so many steps; 0: as often as costs at most a hundredth of the steps' time."""
     def __init__(
         self,
         *,
@@ -376,7 +404,9 @@ class Checkpoint(_message.Message):
     """Steps done."""
     @_builtins.property
     def sampler_state(self) -> _tensor_pb2.TensorRef:
-        """Sampler state, as the denoiser serialised it: latent, history, position in the noise sequence."""
+        """Sampler state, as the denoiser serialised it: latent, history, position in the noise sequence; uint8 [bytes], its
+        header with the fingerprint of the denoiser's weights.
+        """
 
     def __init__(
         self,
@@ -424,7 +454,9 @@ Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
 class FileChunk(_message.Message):
-    """One piece of a result file. Pieces of a file arrive in order."""
+    """One piece of a result file. Pieces of a file arrive in order; a piece at offset 0 begins the file (again, if the
+    decoder that wrote the pieces before it was lost).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -432,6 +464,7 @@ class FileChunk(_message.Message):
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     FILE_SIZE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     file_index: _builtins.int
     """Which file of the response, from 0."""
     media_type: _builtins.str
@@ -440,6 +473,8 @@ class FileChunk(_message.Message):
     """Size of the whole file in bytes; set in the file's first chunk."""
     data: _builtins.bytes
     """The next bytes, at most 1 MiB."""
+    offset: _builtins.int
+    """Place of the first byte in the file."""
     def __init__(
         self,
         *,
@@ -447,10 +482,11 @@ class FileChunk(_message.Message):
         media_type: _builtins.str = ...,
         file_size: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_index", b"file_index", "file_size", b"file_size", "media_type", b"media_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_index", b"file_index", "file_size", b"file_size", "media_type", b"media_type", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,7 +578,7 @@ Global___GenerationParameters: _TypeAlias = GenerationParameters  # noqa: Y015
 
 @_typing.final
 class StageTiming(_message.Message):
-    """Seconds one stage spent on a request."""
+    """What one replica of a stage spent on a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -550,6 +586,8 @@ class StageTiming(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """"encoder", "denoiser" or "decoder"."""
     replica: _builtins.str
@@ -558,6 +596,10 @@ class StageTiming(_message.Message):
     """Seconds waited in that stage's queue."""
     compute_seconds: _builtins.float
     """Seconds computing, without the queue."""
+    steps: _builtins.int
+    """Denoising steps computed there; 0 at other stages."""
+    received_bytes: _builtins.int
+    """Bytes of tensors that it took from other processes."""
     def __init__(
         self,
         *,
@@ -565,10 +607,12 @@ class StageTiming(_message.Message):
         replica: _builtins.str = ...,
         queue_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
+        steps: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "queue_seconds", b"queue_seconds", "replica", b"replica", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "queue_seconds", b"queue_seconds", "received_bytes", b"received_bytes", "replica", b"replica", "stage", b"stage", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
