@@ -1,18 +1,22 @@
 """Collects concurrent calls into batches: up to a size, or until the first of them has waited long enough.
 
-Pure asyncio; what a batch computes is the caller's. The queue is bounded: a call beyond its capacity is refused.
+Pure asyncio; what a batch computes is the caller's. The queue is bounded: a call beyond its capacity is refused. What
+batches cost is measured, so that the load at any moment can be told in seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from safelight.errors import OverloadedError
+from safelight.v1.load_service_pb2 import GetLoadResponse, WorkCost
+from services.common.batch_costs import BatchCosts, WorkKind
 from services.common.metrics import Metrics
 
 Item = TypeVar("Item")
@@ -31,13 +35,14 @@ class BatchLimits:
 @dataclass(eq=False)  # told apart by identity: items may be tensors
 class _Waiting(Generic[Item, Result]):
     item: Item
+    kind: WorkKind
     key: Hashable
     arrived: float
     result: asyncio.Future[tuple[Result, float, float]]
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs items in batches of equal key, oldest first.
+    """Runs items in batches of equal kind and key, oldest first.
 
     Args:
         stage: name in metrics and errors.
@@ -60,7 +65,9 @@ class Batcher(Generic[Item, Result]):
         self._waiting: list[_Waiting[Item, Result]] = []
         self._arrived = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
-        self._batch_seconds = 0.0
+        self._costs = BatchCosts()
+        self._running: list[_Waiting[Item, Result]] = []
+        self._running_since = 0.0
 
     def start(self) -> None:
         """Start taking batches; needs a running event loop."""
@@ -75,10 +82,10 @@ class Batcher(Generic[Item, Result]):
             waiting.result.cancel()
         self._waiting.clear()
 
-    async def submit(self, item: Item, key: Hashable = None) -> tuple[Result, float, float]:
+    async def submit(self, item: Item, kind: WorkKind, key: Hashable = None) -> tuple[Result, float, float]:
         """The item's result, the seconds it waited and the seconds its batch computed.
 
-        Items of different keys never share a batch.
+        Items of different kinds or keys never share a batch.
 
         Raises:
             OverloadedError: as many items wait already as the capacity allows.
@@ -86,11 +93,12 @@ class Batcher(Generic[Item, Result]):
         if len(self._waiting) >= self._limits.capacity:
             raise OverloadedError(
                 f"the {self._stage}'s queue is full ({self._limits.capacity} waiting): retry later or add replicas",
-                retry_after_seconds=max(self._batch_seconds, 0.05),
+                retry_after_seconds=max(self.backlog_seconds(), 0.05),
                 stage=self._stage,
                 capacity=str(self._limits.capacity),
             )
-        waiting = _Waiting[Item, Result](item, key, time.monotonic(), asyncio.get_running_loop().create_future())
+        result: asyncio.Future[tuple[Result, float, float]] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(item, kind, key, time.monotonic(), result)
         self._waiting.append(waiting)
         self._changed()
         self._arrived.set()
@@ -98,6 +106,41 @@ class Batcher(Generic[Item, Result]):
             return await waiting.result
         finally:
             self._forget(waiting)
+
+    def load(self) -> GetLoadResponse:
+        """How busy the stage is at the moment, and what its work has cost so far."""
+        costs = [
+            WorkCost(model=kind.model, latent_shape=kind.latent_shape, rows=size, seconds=seconds)
+            for kind in self._costs.kinds
+            for size, seconds in self._costs.measured(kind).items()
+        ]
+        return GetLoadResponse(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            capacity=self._limits.max_size + self._limits.capacity,
+            backlog_seconds=self.backlog_seconds(),
+            costs=costs,
+        )
+
+    def backlog_seconds(self) -> float:
+        """Seconds until everything accepted so far is done; what has never been measured counts nothing."""
+        return self._running_seconds() + sum(
+            self._seconds(kind, count) for (kind, _), count in Counter((w.kind, w.key) for w in self._waiting).items()
+        )
+
+    def _running_seconds(self) -> float:
+        """What is left of the running batch."""
+        if not self._running:
+            return 0.0
+        expected = self._costs.seconds(self._running[0].kind, len(self._running))
+        return max(expected - (time.monotonic() - self._running_since), 0.0)
+
+    def _seconds(self, kind: WorkKind, count: int) -> float:
+        """Seconds of so many items in batches as large as they may be."""
+        full, rest = divmod(count, self._limits.max_size)
+        return full * self._costs.seconds(kind, self._limits.max_size) + (
+            self._costs.seconds(kind, rest) if rest else 0
+        )
 
     def _forget(self, waiting: _Waiting[Item, Result]) -> None:
         """Drop a cancelled item that no batch has taken yet."""
@@ -122,33 +165,36 @@ class Batcher(Generic[Item, Result]):
         """Whether the oldest item's batch is full or has waited long enough; if not, waits for that or for news."""
         oldest = self._waiting[0]
         remaining = oldest.arrived + self._limits.max_wait_seconds - time.monotonic()
-        if remaining <= 0 or self._same_key(oldest.key) >= self._limits.max_size:
+        if remaining <= 0 or len(self._alike(oldest)) >= self._limits.max_size:
             return True
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), remaining)
         return False  # the oldest item may have been cancelled meanwhile
 
-    def _same_key(self, key: Hashable) -> int:
-        return sum(waiting.key == key for waiting in self._waiting)
+    def _alike(self, item: _Waiting[Item, Result]) -> list[_Waiting[Item, Result]]:
+        """Those that may share a batch with an item, itself included, oldest first."""
+        return [waiting for waiting in self._waiting if (waiting.kind, waiting.key) == (item.kind, item.key)]
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        key = self._waiting[0].key
-        batch = [waiting for waiting in self._waiting if waiting.key == key][: self._limits.max_size]
+        batch = self._alike(self._waiting[0])[: self._limits.max_size]
         self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
         self._changed()
         return batch
 
     async def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
         started = time.monotonic()
+        self._running, self._running_since = batch, started
         self._metrics.batch_size.labels(self._stage).observe(len(batch))
         self._metrics.running.labels(self._stage).set(len(batch))
         try:
             results = await self._run([waiting.item for waiting in batch])
-            self._batch_seconds = time.monotonic() - started
-            _settle(batch, results, started, self._batch_seconds)
+            seconds = time.monotonic() - started
+            self._costs.record(batch[0].kind, len(batch), seconds)
+            _settle(batch, results, started, seconds)
         except Exception as error:  # the worker loop: every item of the batch gets its error, the loop goes on
             _settle(batch, [error] * len(batch), started, 0.0)
         finally:
+            self._running = []
             self._metrics.running.labels(self._stage).set(0)
             for waiting in batch:  # none is left unless the batcher was closed in the middle
                 waiting.result.cancel()

@@ -1,4 +1,4 @@
-"""Client channels between services: one an endpoint, kept open."""
+"""Client channels between services: one an endpoint for calls, and one for tensors, kept open."""
 
 from __future__ import annotations
 
@@ -28,19 +28,32 @@ def open_channel(target: str) -> grpc.aio.Channel:
 
 
 class ChannelPool:
-    """Channels by target, opened at first use."""
+    """Channels by target, opened at first use.
+
+    Tensors have connections of their own: what shares a connection with 64 MiB waits for its turn among them.
+    """
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._control: dict[str, grpc.aio.Channel] = {}
+        self._bulk: dict[str, grpc.aio.Channel] = {}
 
     def get(self, target: str) -> grpc.aio.Channel:
-        """The channel to a target."""
-        if target not in self._channels:
-            self._channels[target] = open_channel(target)
-        return self._channels[target]
+        """The channel to a target for calls, whose messages are small."""
+        return _get_or_open(self._control, target)
+
+    def bulk(self, target: str) -> grpc.aio.Channel:
+        """The channel to a target for the bytes of tensors."""
+        return _get_or_open(self._bulk, target)
 
     async def close(self) -> None:
         """Close every channel; calls in flight are cancelled."""
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        for channels in (self._control, self._bulk):
+            for channel in channels.values():
+                await channel.close()
+            channels.clear()
+
+
+def _get_or_open(channels: dict[str, grpc.aio.Channel], target: str) -> grpc.aio.Channel:
+    if target not in channels:
+        channels[target] = open_channel(target)
+    return channels[target]

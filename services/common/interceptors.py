@@ -17,12 +17,20 @@ from typing import Any, NoReturn
 import grpc
 from grpc_status import rpc_status
 
-from safelight.errors import InternalError, SafelightError, from_rpc_error, to_status
+from safelight.errors import InternalError, SafelightError, StageDrainingError, from_rpc_error, to_status
 from services.common.metrics import Metrics
 from services.common.request_context import Context, request_id
 
 _log = logging.getLogger("safelight.calls")
 _QUIET_METHODS = ("/grpc.health.", "/grpc.reflection.")
+# What a server that stops still does: hand out what it holds, say how it is, end work.
+_OPEN_WHILE_DRAINING = (
+    "safelight.v1.TensorExchangeService/",
+    "safelight.v1.LoadService/",
+    "safelight.v1.ModelService/",
+    "safelight.v1.GenerationService/Cancel",
+)
+_CLOCK_TOLERANCE_SECONDS = 0.02
 
 UnaryHandler = Callable[[Any, Context], Awaitable[Any]]
 StreamHandler = Callable[[Any, Context], AsyncGenerator[Any, None]]
@@ -45,6 +53,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._draining_service = ""
+
+    def refuse_work(self, service: str) -> None:
+        """From now on new work is refused with StageDrainingError: the service of that name stops."""
+        self._draining_service = service
 
     async def idle(self) -> None:
         """Returns when no wrapped call is running."""
@@ -72,8 +85,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap_unary(self, behaviour: UnaryHandler, method: str) -> UnaryHandler:
         async def handle(request: Any, context: Context) -> Any:
-            with self._observed(method, request) as call:
+            with self._observed(method, request, context) as call:
                 try:
+                    self._check_open(method)
                     return await behaviour(request, context)
                 except Exception as error:
                     await _abort(call, context, error)
@@ -82,8 +96,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap_stream(self, behaviour: StreamHandler, method: str) -> StreamHandler:
         async def handle(request: Any, context: Context) -> AsyncGenerator[Any, None]:
-            with self._observed(method, request) as call:
+            with self._observed(method, request, context) as call:
                 try:
+                    self._check_open(method)
                     async with aclosing(behaviour(request, context)) as responses:  # a cancelled call ends it now
                         async for response in responses:
                             yield response
@@ -92,8 +107,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
+    def _check_open(self, method: str) -> None:
+        if self._draining_service and not method.startswith(_OPEN_WHILE_DRAINING):
+            raise StageDrainingError(
+                f"this {self._draining_service} is stopping and takes no new work: use another replica",
+                stage=self._draining_service,
+            )
+
     @contextmanager
-    def _observed(self, method: str, request: Any) -> Iterator[_Call]:
+    def _observed(self, method: str, request: Any, context: Context) -> Iterator[_Call]:
         """Counts and logs a call around its handler, whatever way it ends."""
         request_id.set(_id_of(request))
         call = _Call(method, time.monotonic())
@@ -104,7 +126,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             yield call
         except (asyncio.CancelledError, GeneratorExit):
-            call.code = grpc.StatusCode.CANCELLED
+            overdue = _is_overdue(context)
+            call.code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
             raise
         finally:
             running.dec()
@@ -118,6 +141,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics.requests.labels(call.method, call.code.name).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
         _log.info("call ended", extra={"method": call.method, "code": call.code.name, "seconds": round(seconds, 4)})
+
+
+def _is_overdue(context: Context) -> bool:
+    """Whether the call's deadline has passed, by this side's clock or nearly: the caller's may have ended it first."""
+    remaining = context.time_remaining()
+    return remaining is not None and remaining <= _CLOCK_TOLERANCE_SECONDS
 
 
 def _id_of(request: Any) -> str:

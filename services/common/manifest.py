@@ -7,6 +7,7 @@ models:
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
+    latent_preview: /weights/preview.json  # optional: the map that previews are made with
     defaults: {steps: 30, guidance_scale: 6}   # optional: of requests that do not say
 """
 
@@ -67,6 +68,7 @@ class ModelEntry:
         path: a single file, several that make one, or a folder in the diffusers layout.
         family: "sd15" …; empty: told by the keys of the weights.
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
+        latent_preview: file with the map from latents to colours; empty: latent_preview.json in the model's folder.
         defaults: of requests.
     """
 
@@ -74,6 +76,7 @@ class ModelEntry:
     path: WeightsPath
     family: str = ""
     tokenizer: str = ""
+    latent_preview: str = ""
     encoder: Component = Component()
     denoiser: Component = Component()
     decoder: Component = Component()

@@ -7,6 +7,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 _BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
@@ -52,9 +53,35 @@ class Metrics:
             buckets=_SECONDS_BUCKETS,
             registry=r,
         )
-        self.denoise_steps = Counter("safelight_denoise_steps", "Denoising steps computed.", ["model"], registry=r)
+        self.denoise_steps = Counter(
+            "safelight_denoise_steps",
+            "Denoising steps computed; wasted: the request had been cancelled, or had expired, when the step ended.",
+            ["model", "outcome"],
+            registry=r,
+        )
+        self.checkpoint_seconds = Histogram(
+            "safelight_checkpoint_seconds",
+            "Seconds of making one checkpoint.",
+            buckets=_SECONDS_BUCKETS,
+            registry=r,
+        )
+        self.preview_seconds = Histogram(
+            "safelight_preview_seconds", "Seconds of making one preview.", buckets=_SECONDS_BUCKETS, registry=r
+        )
+        self.spilled_requests = Counter(
+            "safelight_spilled_requests", "Requests that yielded and whose latents left the device.", registry=r
+        )
         self.tensor_bytes = Counter(
-            "safelight_tensor_bytes", "Tensor bytes received, by path (inline, local, stream).", ["path"], registry=r
+            "safelight_tensor_bytes",
+            "Tensor bytes received, by path (inline, local, shared, stream).",
+            ["path"],
+            registry=r,
+        )
+        self.shared_memory_fallbacks = Counter(
+            "safelight_shared_memory_fallbacks", "Tensors streamed that a process of this host held.", registry=r
+        )
+        self.pulls_continued = Counter(
+            "safelight_pulls_continued", "Chunk streams that broke and went on from there.", registry=r
         )
         self.leases = Gauge("safelight_leases", "Tensors held for consumers.", registry=r)
         self.leased_bytes = Gauge("safelight_leased_bytes", "Bytes of tensors held for consumers.", registry=r)
@@ -63,6 +90,38 @@ class Metrics:
         self.cache_bytes = Gauge("safelight_cache_bytes", "Bytes a cache holds.", ["cache"], registry=r)
         self.replicas = Gauge("safelight_replicas", "Replicas known, by health.", ["stage", "healthy"], registry=r)
         self.retries = Counter("safelight_retries", "Stage calls repeated on another replica.", ["stage"], registry=r)
+        self.resumes = Counter(
+            "safelight_resumes", "Pictures that went on elsewhere after a loss.", ["reason"], registry=r
+        )
+        self.recomputed_steps = Counter(
+            "safelight_denoise_recomputed_steps", "Denoising steps computed again after a loss.", registry=r
+        )
+        self.checkpoint_bytes = Gauge("safelight_checkpoint_bytes", "Bytes of checkpoints kept.", registry=r)
+        self.journal_bytes = Gauge("safelight_journal_bytes", "Bytes of events kept for clients.", registry=r)
+        self.admission_refused = Counter(
+            "safelight_admission_refused",
+            "Requests refused before any stage was called (deadline, overload, credits).",
+            ["reason"],
+            registry=r,
+        )
+        self.credits = Gauge(
+            "safelight_credits", "Pictures on their way through the stages, and those that wait.", ["state"], registry=r
+        )
+        self.stage_backlog_seconds = Gauge(
+            "safelight_stage_backlog_seconds",
+            "Seconds of work that a stage has to do, as estimated.",
+            ["stage"],
+            registry=r,
+        )
+        self.deadline_missed = Counter(
+            "safelight_deadline_missed", "Requests whose time was up, by the stage reached.", ["stage"], registry=r
+        )
+        self.estimate_ratio = Histogram(
+            "safelight_estimate_ratio",
+            "Seconds that a request took over those estimated when it was admitted.",
+            buckets=_RATIO_BUCKETS,
+            registry=r,
+        )
         self.file_bytes = Counter("safelight_file_bytes", "Bytes of result files sent to clients.", registry=r)
 
     def serve(self, host: str, port: int) -> int:

@@ -42,6 +42,8 @@ class Service:
         models: names of the models served; each has a health status of its own, "<name of service>/<model>".
         start: begins background work on the server's event loop; gets the address that other services reach it at.
         close: ends it.
+        drain: hands running work back that can go on elsewhere; the server has begun to stop.
+        until_fetched: returns when nothing is left that others may still fetch.
     """
 
     name: str
@@ -49,9 +51,10 @@ class Service:
     models: Sequence[str] = ()
     start: Callable[[str], Awaitable[None]] | None = None
     close: Callable[[], Awaitable[None]] | None = None
+    drain: Callable[[], None] | None = None
+    until_fetched: Callable[[], Awaitable[None]] | None = None
 
 
-_SETTLE_SECONDS = 0.1
 _FLUSH_SECONDS = 0.5
 
 
@@ -109,7 +112,10 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
-        """Report unhealthy, take nothing new, let running calls end within the drain time, then close."""
+        """Report unhealthy, take no new work, let running calls end within the drain time, then close.
+
+        Within that time also what others may still fetch is kept for them, until it is fetched.
+        """
         await self._health.enter_graceful_shutdown()
         await self._drain()
         if self.service.close is not None:
@@ -118,14 +124,21 @@ class Server:
         _log.info("stopped", extra={"address": self.address})
 
     async def _drain(self) -> None:
-        """Wait for the running calls only: gRPC alone would wait for those who watch the health, who never end."""
-        stopping = asyncio.ensure_future(self._grpc.stop(self.settings.drain_seconds))
-        idle = asyncio.ensure_future(self._calls.idle())
-        await asyncio.wait((stopping,), timeout=_SETTLE_SECONDS)  # calls that came in just before have begun then
-        await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        await self._grpc.stop(_FLUSH_SECONDS)  # the last answers may still be on their way
-        await stopping
+        """gRPC alone would refuse those who come to fetch, and wait for those who watch the health, who never end."""
+        self._calls.refuse_work(self.service.name)
+        if self.settings.drain_seconds > 0 and self.service.drain is not None:
+            self.service.drain()
+        quiet = asyncio.ensure_future(self._until_quiet())
+        await asyncio.wait((quiet,), timeout=self.settings.drain_seconds)
+        in_time = not quiet.cancel()
+        await self._grpc.stop(_FLUSH_SECONDS if in_time else None)  # the last answers may still be on their way
+
+    async def _until_quiet(self) -> None:
+        """Returns when no call runs and nothing is left to fetch."""
+        await self._calls.idle()
+        if self.service.until_fetched is not None:
+            await self.service.until_fetched()
+            await self._calls.idle()
 
 
 def _bound_address(listen: str, port: int) -> str:

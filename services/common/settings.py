@@ -38,7 +38,7 @@ class ServerSettings:
     metrics_host: str = setting("127.0.0.1", "Address of the /metrics endpoint.")
     metrics_port: int = setting(-1, "Port of the /metrics endpoint; 0 takes a free one, -1 turns it off.")
     log_level: str = setting("info", "Least severe log lines written: debug, info, warning or error.")
-    drain_seconds: float = setting(30.0, "Time that running calls have to end after SIGTERM.")
+    drain_seconds: float = setting(30.0, "Time after SIGTERM for calls to end and for leased tensors to be fetched.")
     reflection: bool = setting(True, "Serve gRPC reflection, for grpcurl and the like.")
 
 
@@ -51,6 +51,9 @@ class StageSettings(ServerSettings):
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
     lease_seconds: float = setting(120.0, "How long a tensor is kept for its consumer.")
     max_tensor_bytes: int = setting(2 * 1024**3, "Largest tensor accepted from another stage.")
+    shared_memory_bytes: int = setting(
+        64 * 1024**2, "Most memory for handing tensors to other processes of this host; 0 turns that off."
+    )
     queue_capacity: int = setting(64, "Requests that may wait; one more gets RESOURCE_EXHAUSTED.")
 
 
@@ -84,7 +87,8 @@ def _parser(cls: type[ServerSettings]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=cls.command.format(service=cls.service), allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with settings")
     for each in setting_fields(cls):
-        parser.add_argument(_flag(each.name), dest=each.name, help=f"{each.metadata['help']} (default: {each.default})")
+        text = f"{each.metadata['help']} (default: {each.default})".replace("%", "%%")  # argparse formats it
+        parser.add_argument(_flag(each.name), dest=each.name, help=text)
     return parser
 
 

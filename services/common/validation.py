@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.message import Message
 
 from safelight.errors import FieldViolation, UnsupportedError
+from safelight.v1.work_pb2 import DeterminismClass
 
 MAX_SEED = 2**63 - 1
 
@@ -30,3 +31,9 @@ def check_seed(field: str, seed: int) -> Iterator[FieldViolation]:
     """A seed that every random generator takes."""
     if seed < 0:
         yield FieldViolation(field, f"is {seed}; must be from 0 to {MAX_SEED}, or left out to have one drawn")
+
+
+def check_determinism(value: DeterminismClass.ValueType) -> Iterator[FieldViolation]:
+    """One of the classes that the contract has."""
+    if value not in DeterminismClass.values():
+        yield FieldViolation("determinism", f"is {value}; choose from {', '.join(DeterminismClass.keys())}")

@@ -1,9 +1,9 @@
 """Scaled dot-product attention over heads that lie side by side in the last dimension.
 
-torch's kernel is used everywhere but for long bfloat16 sequences on a CPU, where it is no faster than in float32:
-between its two matrix products it goes through every L x S block of logits several times. `_fused_attention` hands the
-exponential to oneDNN, which applies it to the first product's float32 sums while they are in registers. torch offers no
-exponential to fuse there but it offers the logistic function, and
+torch's kernel is used everywhere but for long bfloat16 sequences on a CPU that is fast at products of them. There it
+takes as long as in float32: between its two matrix products it goes through every L x S block of logits several times.
+`_fused_attention` hands the exponential to oneDNN, which applies it to the first product's float32 sums while they are
+in registers. torch offers no exponential to fuse there but it offers the logistic function, and
 
     sigmoid(x) = e^x / (1 + e^x) = e^x (1 - O(e^x)),
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from services.modeling.packing import can_pack, pack_linear_weight, packed_linear
+from services.modeling.product_speed import bfloat16_is_fast
 
 _MIN_LENGTH = 1024  # below it the preparation costs more than it saves
 _ROWS = 512  # queries to a block: its logits stay in the CPU's cache
@@ -38,9 +39,13 @@ _SUM_SLOPE = 3.0
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v per head. q: [B, L, H*D], k and v: [B, S, H*D] -> [B, L, H*D]."""
     q_BHLD, k_BHSD, v_BHSD = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-    if q.dtype == torch.bfloat16 and can_pack(q.device.type, q.dtype) and min(q.shape[1], k.shape[1]) >= _MIN_LENGTH:
+    if min(q.shape[1], k.shape[1]) >= _MIN_LENGTH and _can_fuse(q):
         return _fused_attention(q_BHLD, k_BHSD, v_BHSD)
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2).flatten(2)
+
+
+def _can_fuse(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and can_pack(q.device.type, q.dtype) and bfloat16_is_fast()
 
 
 def _fused_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from safelight.errors import CheckpointError
 from services.common.manifest import Component, ModelEntry
+from services.modeling.product_speed import bfloat16_is_fast
 from services.modeling.weights import Checkpoint, open_checkpoint
 
 _PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15"}
@@ -125,9 +126,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a manifest entry; "auto" is float16 on a GPU and float32 on a CPU."""
+    """The dtype of a manifest entry; "auto" is float16 on a GPU and float32 on a CPU.
+
+    So is bfloat16 on a CPU that would be slower with it: float32 takes more memory there, but less time.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
+    if name == "bfloat16" and device.type == "cpu" and not bfloat16_is_fast():
+        return torch.float32
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

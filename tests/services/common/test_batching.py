@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from safelight.errors import OverloadedError
+from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher, BatchLimits
 from services.common.metrics import Metrics
 
+WORDS = WorkKind("sd15")
 PATIENT = BatchLimits(max_size=3, max_wait_seconds=60.0, capacity=8)
 """Runs full batches only, within the time of a test."""
 EAGER = BatchLimits(max_size=3, max_wait_seconds=0.0, capacity=8)
@@ -50,7 +52,7 @@ async def submitted(batcher: Batcher[int, int], *items: int, key: str = "") -> l
     """The calls, each of them waiting in the batcher."""
 
     async def result(item: int) -> int:
-        return (await batcher.submit(item, key))[0]
+        return (await batcher.submit(item, WORDS, key))[0]
 
     tasks = [asyncio.create_task(result(item)) for item in items]
     await asyncio.sleep(0)
@@ -92,7 +94,7 @@ async def test_calls_of_one_key_meet_across_those_of_another() -> None:
 async def test_a_lone_call_runs_when_the_wait_is_over() -> None:
     doubler = Doubler()
     async with batching(doubler, BatchLimits(max_size=3, max_wait_seconds=0.05, capacity=8)) as batcher:
-        result, waited, _ = await batcher.submit(1)
+        result, waited, _ = await batcher.submit(1, WORDS)
     assert result == 2
     assert waited >= 0.05
 
@@ -146,9 +148,13 @@ async def test_a_batch_with_too_few_results_fails_and_the_next_one_runs() -> Non
 
     batcher = Batcher[int, int]("encoder", forgetful, PATIENT, Metrics())
     batcher.start()
-    outcomes = await asyncio.gather(*(batcher.submit(item) for item in (0, 1, 2)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(batcher.submit(item, WORDS) for item in (0, 1, 2)), return_exceptions=True)
     assert any(isinstance(outcome, ValueError) for outcome in outcomes)
-    assert [result for result, _, _ in await asyncio.gather(*map(batcher.submit, (3, 4, 5)))] == [3, 4, 5]
+    assert [result for result, _, _ in await asyncio.gather(*(batcher.submit(item, WORDS) for item in (3, 4, 5)))] == [
+        3,
+        4,
+        5,
+    ]
     await batcher.close()
 
 
@@ -158,10 +164,10 @@ async def test_items_need_not_be_comparable() -> None:
 
     batcher = Batcher[object, object]("encoder", pass_on, PATIENT, Metrics())
     batcher.start()
-    first, cancelled = [asyncio.create_task(batcher.submit(np.ones(2))) for _ in range(2)]
+    first, cancelled = [asyncio.create_task(batcher.submit(np.ones(2), WORDS)) for _ in range(2)]
     await asyncio.sleep(0)
     cancelled.cancel()
-    assert len(await asyncio.gather(first, batcher.submit(np.ones(2)), batcher.submit(np.ones(2)))) == 3
+    assert len(await asyncio.gather(first, batcher.submit(np.ones(2), WORDS), batcher.submit(np.ones(2), WORDS))) == 3
     await batcher.close()
 
 
@@ -173,7 +179,7 @@ async def test_a_call_beyond_the_capacity_is_refused_with_a_time_to_come_back() 
         await doubler.begun.wait()
         waiting = await submitted(batcher, 1, 2)
         with pytest.raises(OverloadedError) as caught:
-            await batcher.submit(3)
+            await batcher.submit(3, WORDS)
         doubler.open.set()
         await asyncio.gather(*running, *waiting)
     assert caught.value.metadata == {"stage": "encoder", "capacity": "2"}
@@ -198,3 +204,40 @@ async def test_batch_sizes_are_counted() -> None:
         await asyncio.gather(*await submitted(batcher, 1, 2, 3))
     assert metrics.registry.get_sample_value("safelight_batch_size_sum", {"stage": "encoder"}) == 3
     assert metrics.registry.get_sample_value("safelight_batch_size_count", {"stage": "encoder"}) == 1
+
+
+async def test_the_load_tells_what_waits_what_runs_and_what_it_will_take() -> None:
+    doubler = Doubler()
+    async with batching(doubler, BatchLimits(max_size=1, max_wait_seconds=0.0, capacity=8)) as batcher:
+        for item in (1, 2):  # the first only warms up
+            doubler.open.clear()
+            measured = await submitted(batcher, item)
+            await asyncio.sleep(0.02)
+            doubler.open.set()
+            await asyncio.gather(*measured)
+        doubler.open.clear()
+        calls = await submitted(batcher, 3, 4, 5)
+        await asyncio.sleep(0)
+        load = batcher.load()
+        doubler.open.set()
+        await asyncio.gather(*calls)
+    (cost,) = load.costs
+    assert (load.running, load.waiting, load.capacity) == (1, 2, 9)
+    assert (cost.model, list(cost.latent_shape), cost.rows) == ("sd15", [], 1)
+    assert cost.seconds >= 0.02
+    assert 2 * cost.seconds <= load.backlog_seconds <= 3 * cost.seconds
+    assert batcher.backlog_seconds() == 0
+
+
+async def test_items_of_different_kinds_never_share_a_batch() -> None:
+    doubler = Doubler()
+    async with batching(doubler, EAGER) as batcher:
+        await asyncio.gather(batcher.submit(1, WORDS), batcher.submit(2, WorkKind("sdxl")))
+    assert sorted(doubler.batches) == [[1], [2]]
+
+
+async def test_a_failed_batch_says_nothing_of_what_work_costs() -> None:
+    async with batching(Doubler(), EAGER) as batcher:
+        for _ in range(3):
+            await asyncio.gather(*await submitted(batcher, 13), return_exceptions=True)
+        assert not batcher.load().costs

@@ -11,6 +11,7 @@ import pytest
 
 from safelight.errors import InvalidRequestError, LeaseExpiredError, StageUnavailableError, TensorCorruptError
 from safelight.tensors import MAX_INLINE_BYTES
+from safelight.v1.load_service_pb2 import GetLoadResponse
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, PullResponse, ReleaseRequest, ReleaseResponse
 from safelight.v1.tensor_exchange_service_pb2_grpc import (
     TensorExchangeServiceServicer,
@@ -68,7 +69,7 @@ async def start_process(serve: Serve) -> AsyncIterator[StartProcess]:
         metrics, clock, channels = Metrics(), Clock(), ChannelPool()
         pools.append(channels)
         store = TensorStore(60.0, metrics, clock)
-        running = await serve(Service("holder", stage_mounts(store, [])))
+        running = await serve(Service("holder", stage_mounts(store, [], GetLoadResponse)))
         store.advertise(running.server.address)
         return Process(store, TensorReader(store, channels, 16 * MIB, metrics), metrics, clock, running)
 
@@ -81,9 +82,9 @@ def header(size: int) -> TensorHeader:
     return TensorHeader(dtype=DATA_TYPE_UINT8, shape=[size])
 
 
-def put(process: Process, size: int) -> tuple[bytes, TensorRef]:
+async def put(process: Process, size: int) -> tuple[bytes, TensorRef]:
     data = random.Random(size).randbytes(size)
-    return data, process.store.put(header(size), BytesPayload(data))
+    return data, await process.store.put(header(size), BytesPayload(data))
 
 
 async def pull(process: Process, ref: TensorRef, offset: int = 0) -> list[bytes]:
@@ -96,7 +97,7 @@ async def pull(process: Process, ref: TensorRef, offset: int = 0) -> list[bytes]
 )
 async def test_a_tensor_up_to_64_kib_rides_inline(start_process: StartProcess, size: int, location: str) -> None:
     maker, taker = await start_process(), await start_process()
-    data, ref = put(maker, size)
+    data, ref = await put(maker, size)
     payload = await taker.reader.read(ref, "latents")
     assert ref.WhichOneof("location") == location
     assert bytes(payload.buffer()) == data
@@ -106,7 +107,7 @@ async def test_a_tensor_up_to_64_kib_rides_inline(start_process: StartProcess, s
 async def test_in_one_process_the_consumer_takes_the_payload_itself(start_process: StartProcess) -> None:
     process = await start_process()
     payload = BytesPayload(bytes(MIB))
-    ref = process.store.put(header(MIB), payload)
+    ref = await process.store.put(header(MIB), payload)
     assert await process.reader.read(ref, "latents") is payload
     assert (process.received("local"), process.received("stream")) == (MIB, 0)
 
@@ -114,7 +115,7 @@ async def test_in_one_process_the_consumer_takes_the_payload_itself(start_proces
 @pytest.mark.parametrize("size", [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 5 * CHUNK_BYTES, 5 * CHUNK_BYTES + 7])
 async def test_another_process_pulls_the_same_bytes(start_process: StartProcess, size: int) -> None:
     maker, taker = await start_process(), await start_process()
-    data, ref = put(maker, size)
+    data, ref = await put(maker, size)
     payload = await taker.reader.read(TensorRef.FromString(ref.SerializeToString()), "latents")
     assert bytes(payload.buffer()) == data
     assert taker.received("stream") == size
@@ -122,7 +123,7 @@ async def test_another_process_pulls_the_same_bytes(start_process: StartProcess,
 
 async def test_bytes_travel_in_chunks_of_one_mib(start_process: StartProcess) -> None:
     maker = await start_process()
-    data, ref = put(maker, 2 * CHUNK_BYTES + 3)
+    data, ref = await put(maker, 2 * CHUNK_BYTES + 3)
     chunks = await pull(maker, ref)
     assert [len(chunk) for chunk in chunks] == [CHUNK_BYTES, CHUNK_BYTES, 3]
     assert b"".join(chunks) == data
@@ -131,14 +132,14 @@ async def test_bytes_travel_in_chunks_of_one_mib(start_process: StartProcess) ->
 @pytest.mark.parametrize("offset", [1, CHUNK_BYTES, CHUNK_BYTES + 5, 3 * CHUNK_BYTES])
 async def test_a_pull_goes_on_from_an_offset(start_process: StartProcess, offset: int) -> None:
     maker = await start_process()
-    data, ref = put(maker, 3 * CHUNK_BYTES)
+    data, ref = await put(maker, 3 * CHUNK_BYTES)
     assert b"".join(await pull(maker, ref, offset)) == data[offset:]
 
 
 @pytest.mark.parametrize("offset", [-1, 3 * CHUNK_BYTES + 1])
 async def test_an_offset_outside_the_tensor_is_refused(start_process: StartProcess, offset: int) -> None:
     maker = await start_process()
-    _, ref = put(maker, 3 * CHUNK_BYTES)
+    _, ref = await put(maker, 3 * CHUNK_BYTES)
     error = await failure(pull(maker, ref, offset))
     assert type(error) is InvalidRequestError
     assert [violation.field for violation in error.violations] == ["offset"]
@@ -146,14 +147,14 @@ async def test_an_offset_outside_the_tensor_is_refused(start_process: StartProce
 
 async def test_a_pull_may_be_repeated(start_process: StartProcess) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, MIB)
+    _, ref = await put(maker, MIB)
     first, second = await taker.reader.read(ref, "latents"), await taker.reader.read(ref, "latents")
     assert first.buffer() == second.buffer()
 
 
 async def test_release_ends_a_lease_in_any_process(start_process: StartProcess) -> None:
     maker, other, taker = [await start_process() for _ in range(3)]
-    refs = [put(process, size)[1] for process in (maker, other, taker) for size in (9, MIB)]
+    refs = [(await put(process, size))[1] for process in (maker, other, taker) for size in (9, MIB)]
     await taker.reader.release(refs)
     await taker.reader.release(refs)
     assert [process.leases for process in (maker, other, taker)] == [0, 0, 0]
@@ -161,7 +162,7 @@ async def test_release_ends_a_lease_in_any_process(start_process: StartProcess) 
 
 async def test_a_released_tensor_is_a_lease_that_has_expired(start_process: StartProcess) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, MIB)
+    _, ref = await put(maker, MIB)
     await taker.reader.release([ref])
     with pytest.raises(LeaseExpiredError) as caught:
         await taker.reader.read(ref, "latents")
@@ -170,7 +171,7 @@ async def test_a_released_tensor_is_a_lease_that_has_expired(start_process: Star
 
 async def test_a_lease_ends_at_the_moment_it_names(start_process: StartProcess) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, MIB)
+    _, ref = await put(maker, MIB)
     maker.clock.now = ref.lease.expires_at.ToNanoseconds() / 1e9 - 0.001
     await taker.reader.read(ref, "latents")
     maker.clock.now += 0.001
@@ -180,7 +181,7 @@ async def test_a_lease_ends_at_the_moment_it_names(start_process: StartProcess) 
 
 async def test_an_expired_lease_ends_the_same_in_process(start_process: StartProcess) -> None:
     process = await start_process()
-    _, ref = put(process, MIB)
+    _, ref = await put(process, MIB)
     process.clock.now += 60.0
     with pytest.raises(LeaseExpiredError):
         await process.reader.read(ref, "latents")
@@ -189,7 +190,7 @@ async def test_an_expired_lease_ends_the_same_in_process(start_process: StartPro
 async def test_what_nobody_fetches_is_dropped_without_a_further_call() -> None:
     metrics = Metrics()
     store = TensorStore(0.01, metrics)
-    store.put(header(MIB), BytesPayload(bytes(MIB)))
+    await store.put(header(MIB), BytesPayload(bytes(MIB)))
     await asyncio.sleep(0.03)
     assert metrics.registry.get_sample_value("safelight_leased_bytes") == 0
 
@@ -197,7 +198,7 @@ async def test_what_nobody_fetches_is_dropped_without_a_further_call() -> None:
 async def test_the_bytes_held_are_counted(start_process: StartProcess) -> None:
     process = await start_process()
     for size in (MIB, 2 * MIB):
-        put(process, size)
+        await put(process, size)
     assert process.metrics.registry.get_sample_value("safelight_leased_bytes") == 3 * MIB
 
 
@@ -211,7 +212,7 @@ async def test_an_unknown_ticket_is_a_lease_that_has_expired(start_process: Star
 @pytest.mark.parametrize("size", [9, MIB])
 async def test_bytes_that_do_not_match_their_digest_are_refused(start_process: StartProcess, size: int) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, size)
+    _, ref = await put(maker, size)
     ref.header.digest = bytes(8)
     with pytest.raises(TensorCorruptError, match="latents: the bytes do not match their digest") as caught:
         await taker.reader.read(ref, "latents")
@@ -226,7 +227,7 @@ async def test_a_stream_of_another_length_than_the_header_is_refused(
     start_process: StartProcess, promised: int, sentence: str
 ) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, 2 * MIB)
+    _, ref = await put(maker, 2 * MIB)
     ref.header.shape[:] = [promised]
     with pytest.raises(TensorCorruptError, match=sentence) as caught:
         await taker.reader.read(ref, "latents")
@@ -257,13 +258,13 @@ async def test_a_bad_reference_is_refused_before_anything_is_fetched(
 async def test_a_header_that_does_not_fit_its_payload_is_never_put(start_process: StartProcess) -> None:
     process = await start_process()
     with pytest.raises(TensorCorruptError):
-        process.store.put(header(MIB), BytesPayload(bytes(MIB - 1)))
+        await process.store.put(header(MIB), BytesPayload(bytes(MIB - 1)))
     assert process.leases == 0
 
 
 async def test_a_holder_that_is_gone_is_an_unavailable_stage(start_process: StartProcess) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, MIB)
+    _, ref = await put(maker, MIB)
     await maker.running.server.stop()
     with pytest.raises(StageUnavailableError) as caught:
         await taker.reader.read(ref, "latents")
@@ -272,7 +273,7 @@ async def test_a_holder_that_is_gone_is_an_unavailable_stage(start_process: Star
 
 async def test_releasing_at_a_holder_that_is_gone_is_no_error(start_process: StartProcess) -> None:
     maker, taker = await start_process(), await start_process()
-    _, ref = put(maker, MIB)
+    _, ref = await put(maker, MIB)
     await maker.running.server.stop()
     await taker.reader.release([ref])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelight.errors import UnknownModelError
+from safelight.v1.load_service_pb2 import GetLoadResponse
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.model_service_pb2 import GetModelRequest, ListModelsRequest
 from safelight.v1.model_service_pb2_grpc import ModelServiceStub
@@ -19,7 +20,7 @@ MODELS = [ModelDescription(name="majicflus", family="sd15"), ModelDescription(na
 
 @pytest.fixture
 async def models(serve: Serve) -> ModelServiceStub:
-    running = await serve(Service("encoder", stage_mounts(TensorStore(60.0, Metrics()), MODELS)))
+    running = await serve(Service("encoder", stage_mounts(TensorStore(60.0, Metrics()), MODELS, GetLoadResponse)))
     return ModelServiceStub(running.channel)
 
 

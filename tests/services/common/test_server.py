@@ -19,7 +19,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
-from safelight.errors import StageUnavailableError, UnsupportedError
+from safelight.errors import StageDrainingError, StageUnavailableError, UnsupportedError
 from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
 from safelight.v1.encoder_service_pb2_grpc import EncoderServiceStub
 from services.common.channels import open_channel
@@ -108,7 +108,7 @@ async def test_a_running_call_ends_well_within_the_drain_time_and_new_ones_are_r
     stopping = asyncio.create_task(running.server.stop())
     await watch.next()
     watch.end()
-    assert type(await failure(said(running.channel, "a dog"))) is StageUnavailableError
+    assert type(await failure(said(running.channel, "a dog"))) is StageDrainingError
     release.set()
     assert await call == "a cat"
     await stopping
@@ -134,6 +134,36 @@ async def test_calls_that_outlast_the_drain_time_are_ended(serve: Serve) -> None
     await started.wait()
     await running.server.stop()
     assert type(await call) is StageUnavailableError
+
+
+async def test_what_others_may_still_fetch_is_kept_for_them_after_the_last_call(serve: Serve) -> None:
+    events: list[str] = []
+    begun, fetched = asyncio.Event(), asyncio.Event()
+
+    async def until_fetched() -> None:
+        events.append("kept")
+        begun.set()
+        await fetched.wait()
+
+    async def close() -> None:
+        events.append("closed")
+
+    service = Service("encoder", {}, close=close, drain=lambda: events.append("drained"), until_fetched=until_fetched)
+    running = await serve(service, ServerSettings(drain_seconds=30.0))
+    stopping = asyncio.create_task(running.server.stop())
+    await begun.wait()
+    assert events == ["drained", "kept"]
+    fetched.set()
+    await stopping
+    assert events == ["drained", "kept", "closed"]
+
+
+async def test_what_nobody_fetches_is_kept_for_the_drain_time_only(serve: Serve) -> None:
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    running = await serve(Service("encoder", {}, until_fetched=forever), ServerSettings(drain_seconds=0.2))
+    await asyncio.wait_for(running.server.stop(), 10)
 
 
 async def test_a_service_starts_with_its_address_and_closes_after_the_last_call(serve: Serve) -> None:

@@ -5,14 +5,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from services.modeling import attention as module
 from services.modeling.attention import attention
 from services.modeling.packing import can_pack
 
 HEADS, WIDTH = 2, 40
 
-needs_fast_bfloat16 = pytest.mark.skipif(
-    not can_pack("cpu", torch.bfloat16), reason="this CPU has no fast bfloat16 products"
+needs_packed_bfloat16 = pytest.mark.skipif(
+    not can_pack("cpu", torch.bfloat16), reason="this CPU has no packed bfloat16 products"
 )
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused way is taken, also where it is the slower one."""
+    monkeypatch.setattr(module, "bfloat16_is_fast", lambda: True)
 
 
 def qkv(length: int, dtype: torch.dtype, gain: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +48,8 @@ def test_float32_equals_float64(length: int) -> None:
     assert relative_error(attention(q, k, v, HEADS), reference(q, k, v)) < 5e-6
 
 
-@needs_fast_bfloat16
+@needs_packed_bfloat16
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("gain", [0.0, 0.3, 3.0])
 def test_long_bfloat16_sequences_are_fused_and_right_to_rounding(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # the fused way needs no help
@@ -51,7 +59,8 @@ def test_long_bfloat16_sequences_are_fused_and_right_to_rounding(monkeypatch: py
     assert relative_error(fused, reference(q, k, v)) < 1e-2
 
 
-@needs_fast_bfloat16
+@needs_packed_bfloat16
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("case", ["large logits", "one outlier", "not finite"])
 def test_heads_out_of_the_fused_range_are_left_to_torch(case: str) -> None:
     q, k, v = qkv(1100, torch.bfloat16, 40.0 if case == "large logits" else 1.0)
@@ -63,9 +72,16 @@ def test_heads_out_of_the_fused_range_are_left_to_torch(case: str) -> None:
     torch.testing.assert_close(attention(q, k, v, HEADS), torch_attention(q, k, v), rtol=0, atol=0, equal_nan=True)
 
 
-@needs_fast_bfloat16
+@needs_packed_bfloat16
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     first, second = qkv(1100, torch.bfloat16), qkv(1100, torch.bfloat16, 2.0)
     q, k, v = (torch.cat(pair) for pair in zip(first, second, strict=True))
     together = attention(q, k, v, HEADS)
     assert torch.equal(together[:1], attention(*first, HEADS))
+
+
+def test_torch_computes_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bfloat16_is_fast", lambda: False)
+    q, k, v = qkv(1100, torch.bfloat16)
+    assert torch.equal(attention(q, k, v, HEADS), torch_attention(q, k, v))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from safelight.errors import CheckpointError
 from services.common.manifest import Component, ModelEntry
+from services.modeling import components
 from services.modeling.components import (
     configure_torch,
     detect_family,
@@ -174,12 +175,20 @@ def test_a_device_that_is_not_there_is_named(name: str) -> None:
         ("auto", CPU, torch.float32),
         ("auto", GPU, torch.float16),
         ("float32", GPU, torch.float32),
-        ("bfloat16", CPU, torch.bfloat16),
+        ("bfloat16", GPU, torch.bfloat16),
         ("float16", CPU, torch.float16),
     ],
 )
 def test_auto_is_half_precision_on_a_gpu_only(name: str, device: torch.device, dtype: torch.dtype) -> None:
     assert resolve_dtype(name, device) == dtype
+
+
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_float32_on_a_cpu_that_is_slow_at_it(
+    monkeypatch: pytest.MonkeyPatch, is_fast: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(components, "bfloat16_is_fast", lambda: is_fast)
+    assert resolve_dtype("bfloat16", CPU) == dtype
 
 
 def test_threads_are_bounded_where_a_number_is_given() -> None:

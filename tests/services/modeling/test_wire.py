@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safelight import tensors
 from safelight.errors import LeaseExpiredError, NonFiniteError, TensorCorruptError
+from safelight.v1.load_service_pb2 import GetLoadResponse
 from safelight.v1.tensor_pb2 import DataType, TensorHeader, TensorRef
 from services.common.channels import ChannelPool
 from services.common.exchange import BytesPayload, TensorReader, TensorStore
@@ -59,8 +60,8 @@ def exchange() -> tuple[TensorStore, TensorReader]:
     return store, TensorReader(store, ChannelPool(), 2**30, metrics)
 
 
-def put(store: TensorStore, tensor: Tensor) -> TensorRef:
-    return store.put(make_header(tensor), TorchPayload(tensor))
+async def put(store: TensorStore, tensor: Tensor) -> TensorRef:
+    return await store.put(make_header(tensor), TorchPayload(tensor))
 
 
 def test_torch_and_numpy_have_the_same_data_types() -> None:
@@ -148,14 +149,14 @@ def test_a_shape_that_lies_about_the_bytes_is_refused(shape: list[int]) -> None:
 async def test_in_process_the_consumer_has_the_producer_s_storage() -> None:
     store, reader = exchange()
     tensor = torch.rand(LARGE)
-    read = await read_tensor(reader, put(store, tensor), "latents")
+    read = await read_tensor(reader, await put(store, tensor), "latents")
     assert read.data_ptr() == tensor.data_ptr()
 
 
 async def test_in_process_no_bytes_are_made_again_for_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor on a GPU would be copied to the host for each consumer."""
     store, reader = exchange()
-    ref = put(store, torch.rand(LARGE))
+    ref = await put(store, torch.rand(LARGE))
     monkeypatch.delattr(TorchPayload, "buffer")
     assert (await read_tensor(reader, ref, "latents")).shape == LARGE
 
@@ -164,11 +165,11 @@ async def test_in_process_no_bytes_are_made_again_for_the_consumer(monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 async def test_another_process_reads_an_equal_tensor(serve: Serve, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     store, _ = exchange()
-    running = await serve(Service("denoiser", stage_mounts(store, [])))
+    running = await serve(Service("denoiser", stage_mounts(store, [], GetLoadResponse)))
     store.advertise(running.server.address)
     tensor, channels = torch.rand(shape).to(dtype), ChannelPool()
     elsewhere = TensorReader(exchange()[0], channels, 2**30, Metrics())
-    assert torch.equal(await read_tensor(elsewhere, put(store, tensor), "latents"), tensor)
+    assert torch.equal(await read_tensor(elsewhere, await put(store, tensor), "latents"), tensor)
     await channels.close()
 
 
@@ -181,7 +182,7 @@ async def test_a_tensor_that_is_not_finite_is_refused_by_name(
     store, reader = exchange()
     tensor = torch.zeros(shape)
     tensor.view(-1)[-1] = value
-    ref = put(store, tensor.to(dtype))
+    ref = await put(store, tensor.to(dtype))
     with pytest.raises(NonFiniteError, match=r"^conditioning\.prompt_embeds is not finite") as caught:
         await read_tensor(reader, ref, "conditioning.prompt_embeds")
     assert caught.value.metadata == {"field": "conditioning.prompt_embeds"}
@@ -198,7 +199,7 @@ def test_finite_tensors_of_every_dtype_pass(dtype: torch.dtype) -> None:
 )
 async def test_a_header_changed_on_the_way_is_refused_in_process_too(shape: list[int], data_type: str) -> None:
     store, reader = exchange()
-    ref = put(store, torch.rand(LARGE))
+    ref = await put(store, torch.rand(LARGE))
     ref.header.shape[:] = shape
     ref.header.dtype = DataType.Value(data_type)
     with pytest.raises(TensorCorruptError, match="latents: the header promises") as caught:
@@ -208,7 +209,7 @@ async def test_a_header_changed_on_the_way_is_refused_in_process_too(shape: list
 
 async def test_a_released_tensor_can_t_be_read() -> None:
     store, reader = exchange()
-    ref = put(store, torch.rand(LARGE))
+    ref = await put(store, torch.rand(LARGE))
     await reader.release([ref])
     with pytest.raises(LeaseExpiredError):
         await read_tensor(reader, ref, "latents")

@@ -80,6 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: the replica is stopping and has handed the request back; the last checkpoint before it says from where to go on.
     Example: {reason: "ERROR_REASON_STAGE_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
     """
+    ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 15
+    """CANCELLED: the request was stopped on purpose, by a Cancel or because nobody waited for it any more.
+    Example: {reason: "ERROR_REASON_CANCELLED", domain: "safelight"}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. A program acts on the reason; the status message is for people."""
@@ -141,5 +145,9 @@ Example: {reason: "ERROR_REASON_FINGERPRINT_MISMATCH", domain: "safelight", meta
 ERROR_REASON_STAGE_DRAINING: ErrorReason.ValueType  # 14
 """UNAVAILABLE: the replica is stopping and has handed the request back; the last checkpoint before it says from where to go on.
 Example: {reason: "ERROR_REASON_STAGE_DRAINING", domain: "safelight", metadata: {stage: "denoiser"}}
+"""
+ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 15
+"""CANCELLED: the request was stopped on purpose, by a Cancel or because nobody waited for it any more.
+Example: {reason: "ERROR_REASON_CANCELLED", domain: "safelight"}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -58,10 +58,13 @@ class GenerationServiceServicer(object):
         NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
         RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
         UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+        CANCELLED (ERROR_REASON_CANCELLED): the request was stopped with Cancel.
 
         With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
         of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
         lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+        With a key, the call's own deadline bounds the call only: `context.deadline` bounds the work. An error that another
+        try could avoid (UNAVAILABLE, RESOURCE_EXHAUSTED for a full queue, DEADLINE_EXCEEDED, CANCELLED) frees the key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,10 +23,13 @@ class GenerationServiceStub:
     NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
     RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
     UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+    CANCELLED (ERROR_REASON_CANCELLED): the request was stopped with Cancel.
 
     With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
     of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
     lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+    With a key, the call's own deadline bounds the call only: `context.deadline` bounds the work. An error that another
+    try could avoid (UNAVAILABLE, RESOURCE_EXHAUSTED for a full queue, DEADLINE_EXCEEDED, CANCELLED) frees the key.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.CancelRequest, _generation_service_pb2.CancelResponse]
     """Cancel stops a request within one step, whether or not a call is attached to it. Unknown requests are ignored, so it
@@ -48,10 +51,13 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND: unknown model. UNIMPLEMENTED: the model does not serve a field that is set.
         RESOURCE_EXHAUSTED: too much work in flight; google.rpc.RetryInfo says when to come back.
         UNAVAILABLE: a stage has no healthy replica. DEADLINE_EXCEEDED: time is up; the work was stopped.
+        CANCELLED (ERROR_REASON_CANCELLED): the request was stopped with Cancel.
 
         With an idempotency key in its context, a request runs once however often it is sent: a repeated call gets the events
         of the first one, those up to `after_sequence` left out, and the work goes on for a while when the connection is
         lost. The same key with another request: INVALID_ARGUMENT. Without a key the work ends with the call.
+        With a key, the call's own deadline bounds the call only: `context.deadline` bounds the work. An error that another
+        try could avoid (UNAVAILABLE, RESOURCE_EXHAUSTED for a full queue, DEADLINE_EXCEEDED, CANCELLED) frees the key.
         """
 
     @_abc_1.abstractmethod

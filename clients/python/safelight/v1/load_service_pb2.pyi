@@ -90,7 +90,7 @@ class GetLoadResponse(_message.Message):
     waiting: _builtins.int
     """Requests that wait."""
     capacity: _builtins.int
-    """Requests that may wait."""
+    """Requests that it takes at most, those in work and those that wait together."""
     backlog_seconds: _builtins.float
     """Seconds of work that is accepted and not yet done."""
     draining: _builtins.bool

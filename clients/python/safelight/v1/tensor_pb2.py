@@ -25,25 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19safelight/v1/tensor.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"y\n\x0cTensorHeader\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.safelight.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"P\n\x0cSharedMemory\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0e\n\x06socket\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"\xa7\x01\n\x0bTensorLease\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x13\n\x0b\x65xchange_id\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rshared_memory\x18\x05 \x01(\x0b\x32\x1a.safelight.v1.SharedMemory\"\x81\x01\n\tTensorRef\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.safelight.v1.TensorHeader\x12\x10\n\x06inline\x18\x02 \x01(\x0cH\x00\x12*\n\x05lease\x18\x03 \x01(\x0b\x32\x19.safelight.v1.TensorLeaseH\x00\x42\n\n\x08location\"D\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06tensor\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\":\n\x0c\x43onditioning\x12*\n\x07tensors\x18\x01 \x03(\x0b\x32\x19.safelight.v1.NamedTensor*\xf6\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x1b\n\x17\x44\x41TA_TYPE_FLOAT8_E4M3FN\x10\x04\x12\x19\n\x15\x44\x41TA_TYPE_FLOAT8_E5M2\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x07\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x08\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19safelight/v1/tensor.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"y\n\x0cTensorHeader\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.safelight.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"\x82\x01\n\x0bTensorLease\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x13\n\x0b\x65xchange_id\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04host\x18\x05 \x01(\t\"\x81\x01\n\tTensorRef\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.safelight.v1.TensorHeader\x12\x10\n\x06inline\x18\x02 \x01(\x0cH\x00\x12*\n\x05lease\x18\x03 \x01(\x0b\x32\x19.safelight.v1.TensorLeaseH\x00\x42\n\n\x08location\"D\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06tensor\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\":\n\x0c\x43onditioning\x12*\n\x07tensors\x18\x01 \x03(\x0b\x32\x19.safelight.v1.NamedTensor*\xf6\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x1b\n\x17\x44\x41TA_TYPE_FLOAT8_E4M3FN\x10\x04\x12\x19\n\x15\x44\x41TA_TYPE_FLOAT8_E5M2\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x07\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x08\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=714
-  _globals['_DATATYPE']._serialized_end=960
+  _globals['_DATATYPE']._serialized_start=595
+  _globals['_DATATYPE']._serialized_end=841
   _globals['_TENSORHEADER']._serialized_start=76
   _globals['_TENSORHEADER']._serialized_end=197
-  _globals['_SHAREDMEMORY']._serialized_start=199
-  _globals['_SHAREDMEMORY']._serialized_end=279
-  _globals['_TENSORLEASE']._serialized_start=282
-  _globals['_TENSORLEASE']._serialized_end=449
-  _globals['_TENSORREF']._serialized_start=452
-  _globals['_TENSORREF']._serialized_end=581
-  _globals['_NAMEDTENSOR']._serialized_start=583
-  _globals['_NAMEDTENSOR']._serialized_end=651
-  _globals['_CONDITIONING']._serialized_start=653
-  _globals['_CONDITIONING']._serialized_end=711
+  _globals['_TENSORLEASE']._serialized_start=200
+  _globals['_TENSORLEASE']._serialized_end=330
+  _globals['_TENSORREF']._serialized_start=333
+  _globals['_TENSORREF']._serialized_end=462
+  _globals['_NAMEDTENSOR']._serialized_start=464
+  _globals['_NAMEDTENSOR']._serialized_end=532
+  _globals['_CONDITIONING']._serialized_start=534
+  _globals['_CONDITIONING']._serialized_end=592
 # @@protoc_insertion_point(module_scope)

@@ -113,40 +113,6 @@ class TensorHeader(_message.Message):
 Global___TensorHeader: _TypeAlias = TensorHeader  # noqa: Y015
 
 @_typing.final
-class SharedMemory(_message.Message):
-    """Where a leased tensor lies in memory that other processes of its host can map."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HOST_FIELD_NUMBER: _builtins.int
-    SOCKET_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
-    host: _builtins.str
-    """Identity of the host (and its network namespace) that the memory belongs to; elsewhere it can't be reached."""
-    socket: _builtins.str
-    """Abstract unix socket that hands out the memory's file descriptor."""
-    offset: _builtins.int
-    """Where the tensor's slot begins in that file, in bytes."""
-    generation: _builtins.int
-    """Generation of the slot: another number found there means that the slot has been given to another tensor."""
-    def __init__(
-        self,
-        *,
-        host: _builtins.str = ...,
-        socket: _builtins.str = ...,
-        offset: _builtins.int = ...,
-        generation: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "host", b"host", "offset", b"offset", "socket", b"socket"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
-
-@_typing.final
 class TensorLease(_message.Message):
     """A lease on a tensor that lies in some stage's memory."""
 
@@ -156,20 +122,20 @@ class TensorLease(_message.Message):
     EXCHANGE_ID_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
-    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     """gRPC target of the TensorExchangeService that holds the bytes, e.g. "10.0.3.7:7002" or "unix:/run/safelight/denoiser.sock"."""
     exchange_id: _builtins.str
     """Identity of the holding process: a consumer in the same process takes the tensor without a copy."""
     ticket: _builtins.str
     """Opaque, unguessable name of the tensor at its holder."""
+    host: _builtins.str
+    """Identity of the host (one boot, one network namespace) on which the holder gives the bytes through shared memory: a
+    process there asks the abstract unix socket "safelight-<exchange_id>". Empty: only Pull gives them.
+    """
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """The holder may drop the tensor after this moment, acknowledged or not."""
-
-    @_builtins.property
-    def shared_memory(self) -> Global___SharedMemory:
-        """The shorter way to the bytes for processes of the same host; unset: there is none."""
 
     def __init__(
         self,
@@ -178,11 +144,11 @@ class TensorLease(_message.Message):
         exchange_id: _builtins.str = ...,
         ticket: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
-        shared_memory: Global___SharedMemory | None = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "exchange_id", b"exchange_id", "expires_at", b"expires_at", "shared_memory", b"shared_memory", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "exchange_id", b"exchange_id", "expires_at", b"expires_at", "host", b"host", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,134 @@
+"""The consumer's side: references become tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from safelight.errors import TensorCorruptError
+from safelight.tensors import byte_size, check_size
+from safelight.v1 import tensor_exchange_service_pb2 as pb
+from safelight.v1.tensor_exchange_service_pb2_grpc import TensorExchangeServiceStub
+from safelight.v1.tensor_pb2 import TensorLease, TensorRef
+from services.common.channels import ChannelPool
+from services.common.exchange.buffer_pool import BufferPool
+from services.common.exchange.chunk_stream import CHUNK_BYTES, ChunkStream
+from services.common.exchange.digests import digest
+from services.common.exchange.payload import BytesPayload, Payload
+from services.common.exchange.shared_memory_reader import SharedMemoryError, is_near, read_shared
+from services.common.exchange.tensor_store import TensorStore
+from services.common.metrics import Metrics
+
+IDLE_BUFFER_BYTES = 256 * 1024 * 1024
+"""Most memory that a reader keeps for tensors to come."""
+_RELEASE_SECONDS = 5.0
+
+_log = logging.getLogger("safelight.exchange")
+
+
+class TensorReader:
+    """Resolves references: inline, from this process's own store, through shared memory, or by the chunk stream.
+
+    Args:
+        store: this process's leases.
+        channels: connections to other stages.
+        max_tensor_bytes: a larger tensor is refused before any memory is taken for it.
+        metrics: where the bytes moved go.
+    """
+
+    def __init__(self, store: TensorStore, channels: ChannelPool, max_tensor_bytes: int, metrics: Metrics) -> None:
+        self._store = store
+        self._channels = channels
+        self._max_tensor_bytes = max_tensor_bytes
+        self._metrics = metrics
+        self._buffers = BufferPool(IDLE_BUFFER_BYTES)
+        self._stream = ChunkStream(channels, metrics)
+
+    async def read(self, ref: TensorRef, field: str) -> Payload:
+        """The tensor of a reference, its digest checked; `field` names it in errors.
+
+        Raises:
+            TensorCorruptError: the bytes do not match the header, or the header is not one this stage accepts.
+            LeaseExpiredError: the holder has dropped it.
+            StageUnavailableError: the holder can't be reached.
+        """
+        with _naming(field):
+            size = byte_size(ref.header)
+        if size > self._max_tensor_bytes:
+            raise TensorCorruptError(
+                f"{field}: {size} bytes are more than the {self._max_tensor_bytes} this stage accepts", field=field
+            )
+        location = ref.WhichOneof("location")
+        if location is None:
+            raise TensorCorruptError(f"{field}: the reference has neither bytes nor a lease", field=field)
+        if location == "inline":
+            return self._inline(ref, field)
+        if ref.lease.exchange_id == self._store.exchange_id:
+            payload = self._store.get(ref.lease.ticket)
+            self._metrics.tensor_bytes.labels("local").inc(size)
+            return payload
+        return await self._fetch(ref, size, field)
+
+    async def release(self, refs: Sequence[TensorRef]) -> None:
+        """Tell the holders that these tensors are done with; a holder that is gone has nothing left to release."""
+        leases = [ref.lease for ref in refs if ref.WhichOneof("location") == "lease"]
+        self._store.release(lease.ticket for lease in leases if lease.exchange_id == self._store.exchange_id)
+        remote = [lease for lease in leases if lease.exchange_id != self._store.exchange_id]
+        calls = [
+            self._stub(lease).Release(pb.ReleaseRequest(tickets=[lease.ticket]), timeout=_RELEASE_SECONDS)
+            for lease in remote
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def _inline(self, ref: TensorRef, field: str) -> Payload:
+        with _naming(field):
+            check_size(ref.header, len(ref.inline))
+        _check_digest(ref, digest(ref.inline), field)
+        self._metrics.tensor_bytes.labels("inline").inc(len(ref.inline))
+        return BytesPayload(ref.inline)
+
+    async def _fetch(self, ref: TensorRef, size: int, field: str) -> Payload:
+        """A tensor of another process, by the shortest way that works."""
+        buffer = await self._buffer(size)
+        path, received = "shared", await self._read_shared(ref.lease, buffer)
+        if received is None:
+            path, received = "stream", await self._stream.pull(ref.lease, buffer, field)
+        _check_digest(ref, received, field)
+        self._metrics.tensor_bytes.labels(path).inc(size)
+        return BytesPayload(buffer)
+
+    async def _buffer(self, size: int) -> memoryview:
+        """A large buffer may have to be fetched from the system page by page: off the event loop."""
+        if size <= CHUNK_BYTES:
+            return self._buffers.take(size)
+        return await asyncio.to_thread(self._buffers.take, size)
+
+    async def _read_shared(self, lease: TensorLease, buffer: memoryview) -> bytes | None:
+        """The digest of what came through shared memory; None when nothing could."""
+        if not is_near(lease):
+            return None
+        try:
+            return await asyncio.to_thread(read_shared, lease, buffer)
+        except SharedMemoryError as error:
+            _log.info("no tensor through shared memory: %s", error, extra={"endpoint": lease.endpoint})
+            self._metrics.shared_memory_fallbacks.inc()
+            return None
+
+    def _stub(self, lease: TensorLease) -> TensorExchangeServiceStub:
+        return TensorExchangeServiceStub(self._channels.get(lease.endpoint))
+
+
+def _check_digest(ref: TensorRef, received: bytes, field: str) -> None:
+    if ref.header.digest and ref.header.digest != received:
+        raise TensorCorruptError(f"{field}: the bytes do not match their digest; pull it again", field=field)
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Says in a header's errors which tensor of the request it belongs to."""
+    try:
+        yield
+    except TensorCorruptError as error:
+        raise TensorCorruptError(f"{field}: {error.message}", field=field) from error
