@@ -10,31 +10,37 @@ from safelight.embedded import EmbeddedStack
 from safelight.errors import (
     CheckpointError,
     DeadlineExceededError,
+    DeadlineUnreachableError,
     FieldViolation,
+    FingerprintMismatchError,
     InternalError,
     InvalidRequestError,
     LeaseExpiredError,
     NonFiniteError,
     OutOfMemoryError,
     OverloadedError,
+    RequestCancelledError,
     SafelightError,
+    StageDrainingError,
     StageUnavailableError,
     TensorCorruptError,
     UnknownModelError,
     UnsupportedError,
 )
+from safelight.options import GenerationOptions
 from safelight.pipelines import SDImagePipeline, SDPipelineConfig
+from safelight.receipt import Receipt, StageSeconds
+from safelight.retry import RetryPolicy
 from safelight.sync import Client
 from safelight.types import (
     Accepted,
     Event,
     GeneratedImage,
-    GenerationOptions,
     GenerationResult,
     Model,
+    Preview,
     Progress,
     Queued,
-    StageSeconds,
 )
 
 __all__ = [
@@ -43,9 +49,11 @@ __all__ = [
     "CheckpointError",
     "Client",
     "DeadlineExceededError",
+    "DeadlineUnreachableError",
     "EmbeddedStack",
     "Event",
     "FieldViolation",
+    "FingerprintMismatchError",
     "GeneratedImage",
     "GenerationOptions",
     "GenerationResult",
@@ -56,11 +64,16 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "OverloadedError",
+    "Preview",
     "Progress",
     "Queued",
+    "Receipt",
+    "RequestCancelledError",
+    "RetryPolicy",
     "SDImagePipeline",
     "SDPipelineConfig",
     "SafelightError",
+    "StageDrainingError",
     "StageSeconds",
     "StageUnavailableError",
     "TensorCorruptError",

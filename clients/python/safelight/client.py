@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import TracebackType
@@ -10,28 +12,18 @@ from typing import Any
 
 import grpc
 
-from safelight.errors import (
-    InternalError,
-    InvalidRequestError,
-    SafelightError,
-    StageUnavailableError,
-    from_rpc_error,
-)
-from safelight.messages import EventReader, to_models, to_request
-from safelight.types import Event, GenerationOptions, GenerationResult, Model
-from safelight.v1 import generation_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
+from safelight.attachment import Attachment
+from safelight.errors import InternalError, InvalidRequestError
+from safelight.link import Link
+from safelight.messages import to_models, to_request
+from safelight.options import GenerationOptions
+from safelight.retry import Retries, RetryPolicy
+from safelight.types import Event, GenerationResult, Model
+from safelight.v1 import model_service_pb2
 
 ENDPOINT_VARIABLE = "SAFELIGHT_ENDPOINT"
 DEFAULT_LIST_SECONDS = 10.0
-# Trailer of every error that Safelight itself raises.
-_STATUS_DETAILS = "grpc-status-details-bin"
-
-_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", 8 * 1024 * 1024),
-    ("grpc.max_send_message_length", 8 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
+DEFAULT_RETRY = RetryPolicy()
 
 
 class AsyncClient:
@@ -41,21 +33,25 @@ class AsyncClient:
     ...     result = await client.generate("a cat")
     ...     result.images[0].image.save("cat.png")
 
+    A request that the gateway has no room for is sent again when the gateway says so. One whose connection breaks is
+    taken up again where it was, and is never made twice.
+
     Args:
         endpoint: "host:port" or "unix:/path"; None takes the environment variable SAFELIGHT_ENDPOINT.
+        retry: how long it waits for a busy or a lost gateway; RetryPolicy.none: not at all.
 
     Raises:
         InvalidRequestError: no endpoint is given anywhere.
     """
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(self, endpoint: str | None = None, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
         target = endpoint or os.environ.get(ENDPOINT_VARIABLE)
         if not target:
             raise InvalidRequestError.of("endpoint", f"is missing; give one, or set {ENDPOINT_VARIABLE}")
         self.endpoint = target
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        self._generation = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._link = Link(target)
+        self._retry = retry
+        self._attachments: set[Attachment] = set()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -67,13 +63,15 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls in progress are cancelled, and with them their work."""
-        await self._channel.close()
+        await asyncio.gather(*(attachment.close() for attachment in self._attachments))
+        await self._link.close()
 
     async def generate(
         self,
         prompt: str,
         *,
         timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
         on_event: Callable[[Event], None] | None = None,
         **options: Any,
     ) -> GenerationResult:
@@ -81,14 +79,19 @@ class AsyncClient:
 
         Args:
             prompt: what they shall show.
-            timeout_seconds: by when they must be done; the work is stopped otherwise. None: no limit.
+            timeout_seconds: time for all of it, waits included; the work is stopped then. None: no limit.
+            idempotency_key: as in `stream`.
             on_event: called with everything that happens on the way.
             options: the fields of GenerationOptions.
 
         Raises:
             SafelightError: see safelight.errors.
         """
-        stream = self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds)
+        stream = self.stream(
+            GenerationOptions(prompt=prompt, **options),
+            timeout_seconds=timeout_seconds,
+            idempotency_key=idempotency_key,
+        )
         async with aclosing(stream) as events:
             async for event in events:
                 if on_event is not None:
@@ -98,26 +101,39 @@ class AsyncClient:
         raise InternalError("the gateway ended the stream without a result")
 
     async def stream(
-        self, options: GenerationOptions, *, timeout_seconds: float | None = None
+        self,
+        options: GenerationOptions,
+        *,
+        timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         """What happens to a request, as it happens; the last event is its GenerationResult.
 
-        Leaving the loop early cancels the request.
+        Leaving the loop early cancels the request. When the gateway has lost the request, everything comes anew, from
+        Accepted on.
+
+        Args:
+            options: what to make.
+            timeout_seconds: time for all of it, waits included; the work is stopped then. None: no limit.
+            idempotency_key: names the request within its tenant: a repeated call with this key, from another process
+                too, takes part in the first one and gets its result, which a gateway keeps for a while. None: one is
+                drawn.
 
         Raises:
             SafelightError: see safelight.errors.
         """
-        request, reader = to_request(options), EventReader()
-        call = self._generation.Generate(request, timeout=timeout_seconds)
+        if idempotency_key == "":
+            raise InvalidRequestError.of("idempotency_key", "is empty; give a name, or None for one of its own")
+        key = idempotency_key if idempotency_key is not None else uuid.uuid4().hex
+        request = to_request(options, idempotency_key=key, timeout_seconds=timeout_seconds)
+        attachment = Attachment(self._link, request, Retries(self._retry, timeout_seconds))
+        self._attachments.add(attachment)
         try:
-            async for response in call:
-                event = reader.read(response)
-                if event is not None:
+            async with aclosing(attachment.events()) as events:
+                async for event in events:
                     yield event
-        except grpc.aio.AioRpcError as error:
-            raise self._explained(error) from None
         finally:
-            call.cancel()
+            self._attachments.discard(attachment)
 
     async def models(self, *, timeout_seconds: float = DEFAULT_LIST_SECONDS) -> list[Model]:
         """The models that can be used now, sorted by name.
@@ -125,19 +141,10 @@ class AsyncClient:
         Raises:
             SafelightError: see safelight.errors.
         """
+        request = model_service_pb2.ListModelsRequest()
         try:
-            response = await self._models.ListModels(model_service_pb2.ListModelsRequest(), timeout=timeout_seconds)
+            response = await self._link.models.ListModels(request, timeout=timeout_seconds)
         except grpc.aio.AioRpcError as error:
-            raise self._explained(error) from None
+            raise self._link.explained(error) from None
+        self._link.has_answered = True
         return to_models(response.models)
-
-    def _explained(self, error: grpc.aio.AioRpcError) -> SafelightError:
-        """The exception of a failed call; where no gateway has answered, with a remedy."""
-        known = from_rpc_error(error)
-        answered = any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ())
-        if answered or not isinstance(known, StageUnavailableError):
-            return known
-        return StageUnavailableError(
-            f"no gateway answers at {self.endpoint}: start one (safelight up), or correct the endpoint. "
-            f"The cause: {known.message}"
-        )

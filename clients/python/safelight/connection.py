@@ -11,8 +11,12 @@ from typing import Any
 from safelight.client import ENDPOINT_VARIABLE
 from safelight.embedded import EmbeddedStack
 from safelight.errors import InternalError, StageUnavailableError
+from safelight.options import GenerationOptions
+from safelight.retry import RetryPolicy
 from safelight.sync import Client
-from safelight.types import Event, GenerationOptions, GenerationResult, Model
+from safelight.types import Event, GenerationResult, Model
+
+_EMBEDDED_RETRY = RetryPolicy(reconnect_seconds=0.0)  # a stack that has ended does not come back
 
 
 class Connection:
@@ -44,7 +48,7 @@ class Connection:
             SafelightError: as EmbeddedStack.
         """
         stack = EmbeddedStack([model] if model else [], **settings)
-        return cls(Client(stack.endpoint), stack)
+        return cls(Client(stack.endpoint, retry=_EMBEDDED_RETRY), stack)
 
     @property
     def endpoint(self) -> str:
@@ -77,14 +81,22 @@ class Connection:
             self._check_stack()
             raise
 
-    def generate(self, options: GenerationOptions, on_event: Callable[[Event], None]) -> GenerationResult:
+    def generate(
+        self,
+        options: GenerationOptions,
+        on_event: Callable[[Event], None],
+        *,
+        timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> GenerationResult:
         """Make pictures; an exception in `on_event` stops the work.
 
         Raises:
             SafelightError: as Client.stream.
         """
+        stream = self._client.stream(options, timeout_seconds=timeout_seconds, idempotency_key=idempotency_key)
         try:
-            with closing(self._client.stream(options)) as events:
+            with closing(stream) as events:
                 for event in events:
                     on_event(event)
                     if isinstance(event, GenerationResult):

@@ -15,6 +15,7 @@
     │   └── StageDrainingError    UNAVAILABLE          the replica stops and hands its requests back
     ├── DeadlineExceededError     DEADLINE_EXCEEDED    time was up; the work was stopped
     │   └── DeadlineUnreachableError                   refused at once: the work would take longer than its deadline
+    ├── RequestCancelledError     CANCELLED            the request was stopped on purpose
     └── InternalError             INTERNAL             a fault of Safelight, logged with the request id
 
 A class carries its status code and its `ErrorReason`; servers raise these classes, one interceptor turns them into a
@@ -176,6 +177,12 @@ class DeadlineUnreachableError(DeadlineExceededError):
     reason = pb.ERROR_REASON_DEADLINE_UNREACHABLE
 
 
+class RequestCancelledError(SafelightError):
+    """The request was stopped on purpose: by a Cancel, or because nobody waited for it any more."""
+
+    code, reason = grpc.StatusCode.CANCELLED, pb.ERROR_REASON_CANCELLED
+
+
 class InternalError(SafelightError):
     """A fault of Safelight, logged by the server with the request id."""
 
@@ -196,6 +203,7 @@ _BY_REASON: dict[str, type[SafelightError]] = {
         StageDrainingError,
         FingerprintMismatchError,
         DeadlineUnreachableError,
+        RequestCancelledError,
         InternalError,
     )
 }

@@ -1,21 +1,13 @@
-"""Between the user's dataclasses (types.py) and the wire's messages."""
+"""From the user's dataclasses to the wire's messages, and models back; event_reader.py has the way back of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Collection, Sequence
 
-from safelight.errors import InternalError, InvalidRequestError
-from safelight.types import (
-    Accepted,
-    Event,
-    GeneratedImage,
-    GenerationOptions,
-    GenerationResult,
-    Model,
-    Progress,
-    Queued,
-    StageSeconds,
-)
+from safelight.errors import InvalidRequestError
+from safelight.options import GenerationOptions
+from safelight.types import Model
 from safelight.v1 import generation_service_pb2 as pb
 from safelight.v1 import work_pb2
 from safelight.v1.model_pb2 import ModelDescription
@@ -29,19 +21,36 @@ FORMATS = {
     "webp": work_pb2.OUTPUT_FORMAT_WEBP,
     "latents": work_pb2.OUTPUT_FORMAT_LATENTS,
 }
+DETERMINISM = {
+    "default": work_pb2.DETERMINISM_CLASS_UNSPECIFIED,
+    "exact": work_pb2.DETERMINISM_CLASS_EXACT,
+}
+
+_LONGEST_TIMEOUT_SECONDS = 366 * 86_400.0
 
 
-def to_request(options: GenerationOptions) -> pb.GenerateRequest:
+def to_request(
+    options: GenerationOptions, *, idempotency_key: str = "", timeout_seconds: float | None = None
+) -> pb.GenerateRequest:
     """The request for what the user asks for.
+
+    Args:
+        options: what to make.
+        idempotency_key: names the request, so that it runs once however often it is sent.
+        timeout_seconds: from now until its result is worthless; None: no limit.
 
     Raises:
         InvalidRequestError: a value that the wire can't carry.
     """
     _check_prompts(options)
-    if options.format not in FORMATS:
-        raise InvalidRequestError.of("format", f"is {options.format!r}; choose from {', '.join(FORMATS)}")
+    _check_choice("format", options.format, FORMATS)
+    _check_choice("determinism", options.determinism, DETERMINISM)
     try:
-        return _to_request(options)
+        request = _to_request(options)
+        request.context.idempotency_key = idempotency_key
+        if timeout_seconds is not None:
+            request.context.deadline.FromNanoseconds(_deadline_nanoseconds(timeout_seconds))
+        return request
     except InvalidRequestError:
         raise
     except (ValueError, TypeError) as error:  # protobuf's own check of type and range
@@ -62,6 +71,7 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
             schedule=options.schedule or "",
             schedule_parameters=options.schedule_parameters,
             steps=_given("steps", options.steps),
+            min_steps=_given("min_steps", options.min_steps),
         ),
         guidance=_guidance(options.guidance_scale),
         clip_skip=_given("clip_skip", options.clip_skip),
@@ -72,11 +82,28 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
             quality=_given("quality", options.quality),
             omit_metadata=not options.metadata,
         ),
+        preview=_preview(options.preview_every_steps),
+        determinism=DETERMINISM[options.determinism],
     )
 
 
 def _guidance(scale: float | None) -> work_pb2.GuidanceOptions:
     return work_pb2.GuidanceOptions() if scale is None else work_pb2.GuidanceOptions(scale=scale)
+
+
+def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:
+    if every_steps is None:
+        return None
+    return work_pb2.PreviewOptions(every_steps=_given("preview_every_steps", every_steps))
+
+
+def _deadline_nanoseconds(timeout_seconds: float) -> int:
+    """The moment a time from now, in nanoseconds since the epoch."""
+    if not 0 < timeout_seconds <= _LONGEST_TIMEOUT_SECONDS:
+        raise InvalidRequestError.of(
+            "timeout_seconds", f"is {timeout_seconds}; must be above 0 and at most a year, or None for no limit"
+        )
+    return time.time_ns() + round(timeout_seconds * 1e9)
 
 
 def _given(field: str, value: int | None) -> int:
@@ -86,70 +113,17 @@ def _given(field: str, value: int | None) -> int:
     return 0 if value is None else value
 
 
+def _check_choice(field: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise InvalidRequestError.of(field, f"is {value!r}; choose from {', '.join(choices)}")
+
+
 def _check_prompts(options: GenerationOptions) -> None:
     for field, prompt in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
         if not isinstance(prompt, str):
             raise InvalidRequestError.of(field, f"is a {type(prompt).__name__}; must be a str")
         if len(prompt) > MAX_PROMPT_BYTES:
             raise InvalidRequestError.of(field, f"has {len(prompt)} characters; shorten it to a few hundred words")
-
-
-class EventReader:
-    """Turns a stream of responses into events, collecting files on the way."""
-
-    def __init__(self) -> None:
-        self._request_id = ""
-        self._files: dict[int, bytearray] = {}
-        self._media_types: dict[int, str] = {}
-
-    def read(self, response: pb.GenerateResponse) -> Event | None:
-        """The event of a response; None if it only brought a piece of a file."""
-        kind = response.WhichOneof("event")
-        if kind == "chunk":
-            self._collect(response.chunk)
-            return None
-        if kind == "accepted":
-            self._request_id = response.accepted.request_id
-            return Accepted(self._request_id, tuple(image.seed for image in response.accepted.images))
-        if kind == "queued":
-            return Queued(response.queued.image_index, response.queued.stage, response.queued.position)
-        if kind == "progress":
-            progress = response.progress
-            return Progress(progress.image_index, progress.stage, progress.step, progress.steps)
-        if kind == "result":
-            return GenerationResult(self._request_id, tuple(map(self._image, response.result.images)))
-        return None
-
-    def _collect(self, chunk: work_pb2.FileChunk) -> None:
-        self._files.setdefault(chunk.file_index, bytearray()).extend(chunk.data)
-        if chunk.media_type:
-            self._media_types[chunk.file_index] = chunk.media_type
-
-    def _image(self, receipt: pb.ImageReceipt) -> GeneratedImage:
-        data = self._files.get(receipt.image_index)
-        if data is None:
-            raise InternalError(f"picture {receipt.image_index} came without its file")
-        parameters = receipt.parameters
-        return GeneratedImage(
-            data=bytes(data),
-            media_type=self._media_types[receipt.image_index],
-            seed=parameters.seed,
-            model=parameters.model,
-            width=parameters.width,
-            height=parameters.height,
-            steps=receipt.steps_run,
-            stages=_stages(receipt.timings),
-            token_count=receipt.token_count,
-            truncated_prompt=receipt.truncated_prompt,
-            truncated_negative_prompt=receipt.truncated_negative_prompt,
-            fingerprints=dict(parameters.fingerprints),
-        )
-
-
-def _stages(timings: Iterable[work_pb2.StageTiming]) -> tuple[StageSeconds, ...]:
-    return tuple(
-        StageSeconds(timing.stage, timing.replica, timing.queue_seconds, timing.compute_seconds) for timing in timings
-    )
 
 
 def to_models(descriptions: Sequence[ModelDescription]) -> list[Model]:

@@ -9,13 +9,17 @@ from contextlib import closing
 from types import TracebackType
 from typing import Any, TypeVar
 
-from safelight.client import DEFAULT_LIST_SECONDS, AsyncClient
+from safelight.attachment import CANCEL_SECONDS
+from safelight.client import DEFAULT_LIST_SECONDS, DEFAULT_RETRY, AsyncClient
 from safelight.errors import InternalError
-from safelight.types import Event, GenerationOptions, GenerationResult, Model
+from safelight.options import GenerationOptions
+from safelight.retry import RetryPolicy
+from safelight.types import Event, GenerationResult, Model
 
 Result = TypeVar("Result")
 
 _SETTLE_SECONDS = 1.0
+_CLEAN_UP_SECONDS = CANCEL_SECONDS + 1.0
 
 
 class Client:
@@ -26,14 +30,15 @@ class Client:
 
     Args:
         endpoint: "host:port" or "unix:/path"; None takes the environment variable SAFELIGHT_ENDPOINT.
+        retry: how long it waits for a busy or a lost gateway; RetryPolicy.none: not at all.
     """
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(self, endpoint: str | None = None, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safelight-client", daemon=True)
         self._thread.start()
         try:
-            self._client = self._wait(_make(endpoint))
+            self._client = self._wait(_make(endpoint, retry))
         except BaseException:
             self._stop_loop()
             raise
@@ -62,14 +67,18 @@ class Client:
         prompt: str,
         *,
         timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
         on_event: Callable[[Event], None] | None = None,
         **options: Any,
     ) -> GenerationResult:
         """As AsyncClient.generate; `on_event` is called in the calling thread, and may raise to stop the work."""
+        stream = self.stream(
+            GenerationOptions(prompt=prompt, **options),
+            timeout_seconds=timeout_seconds,
+            idempotency_key=idempotency_key,
+        )
         # closing: the work stops when on_event raises, not when the traceback that holds the generator is dropped.
-        with closing(
-            self.stream(GenerationOptions(prompt=prompt, **options), timeout_seconds=timeout_seconds)
-        ) as events:
+        with closing(stream) as events:
             for event in events:
                 if on_event is not None:
                     on_event(event)
@@ -78,10 +87,14 @@ class Client:
         raise InternalError("the gateway ended the stream without a result")
 
     def stream(
-        self, options: GenerationOptions, *, timeout_seconds: float | None = None
+        self,
+        options: GenerationOptions,
+        *,
+        timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
     ) -> Generator[Event, None, None]:
         """As AsyncClient.stream."""
-        events = self._client.stream(options, timeout_seconds=timeout_seconds)
+        events = self._client.stream(options, timeout_seconds=timeout_seconds, idempotency_key=idempotency_key)
         try:
             while (event := self._wait(anext(events, None))) is not None:
                 yield event
@@ -93,18 +106,28 @@ class Client:
         return self._wait(self._client.models(timeout_seconds=timeout_seconds))
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of work on the client's loop; Ctrl-C while waiting cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """The result of work on the client's loop; Ctrl-C while waiting cancels the work and lets it clean up."""
+        ended = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(_marked(work, ended), self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
+            ended.wait(_CLEAN_UP_SECONDS)
             raise
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _marked(work: Coroutine[Any, Any, Result], ended: threading.Event) -> Result:
+    """The work's result; the event is set when it has ended, however that was."""
+    try:
+        return await work
+    finally:
+        ended.set()
 
 
 async def _end(client: AsyncClient) -> None:
@@ -114,6 +137,6 @@ async def _end(client: AsyncClient) -> None:
         await asyncio.wait(pending, timeout=_SETTLE_SECONDS)
 
 
-async def _make(endpoint: str | None) -> AsyncClient:
+async def _make(endpoint: str | None, retry: RetryPolicy) -> AsyncClient:
     """An AsyncClient, made on the loop that it will run on."""
-    return AsyncClient(endpoint)
+    return AsyncClient(endpoint, retry=retry)

@@ -1,67 +1,31 @@
-"""What users give and get: plain frozen dataclasses, no protobuf."""
+"""What users get: plain frozen dataclasses, no protobuf."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from PIL import Image
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What to make; everything but the prompt has a default, which is the model's own where it says None.
-
-    Args:
-        prompt: what the picture shall show.
-        negative_prompt: what it shall not show.
-        model: name of the model; None if the gateway serves just one.
-        width: pixels; a multiple of the model's scale factor (8).
-        height: pixels.
-        steps: denoising steps.
-        sampler: "euler", "euler_ancestral", "ddim" or "dpmpp_2m".
-        sampler_parameters: e.g. {"eta": 0.5}.
-        schedule: "scaled_linear", "karras" or "exponential".
-        schedule_parameters: e.g. {"rho": 7.0}.
-        guidance_scale: of classifier-free guidance; at or below 1 the negative prompt is not used.
-        clip_skip: CLIP layer to take, counted from the end; 1 is the last.
-        seed: of the first picture; the others count up from it. None draws one, told in the result.
-        num_images: how many pictures.
-        format: "png", "jpeg", "webp" or "latents" (a safetensors file).
-        quality: 1 to 100 for JPEG and WebP.
-        metadata: embed the parameters in the file.
-        tenant: whose share of the device the work counts against.
-        priority: higher runs first; -100 to 100.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    model: str | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    sampler: str | None = None
-    sampler_parameters: Mapping[str, float] = field(default_factory=dict)
-    schedule: str | None = None
-    schedule_parameters: Mapping[str, float] = field(default_factory=dict)
-    guidance_scale: float | None = None
-    clip_skip: int | None = None
-    seed: int | None = None
-    num_images: int = 1
-    format: str = "png"
-    quality: int | None = None
-    metadata: bool = True
-    tenant: str = ""
-    priority: int = 0
+from safelight.receipt import Receipt, StageSeconds
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request is valid and admitted; `seeds` are those of its pictures."""
+    """The request is valid and admitted.
+
+    It comes again, and everything after it anew, when the gateway has lost the request and begins it once more.
+
+    Args:
+        request_id: names the request in the logs of every stage.
+        seeds: of its pictures.
+        estimated_seconds: until the result, as the gateway expects; None: it has no figures yet.
+    """
 
     request_id: str
     seeds: tuple[int, ...]
+    estimated_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -84,13 +48,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class StageSeconds:
-    """What one stage spent on a picture, and which replica it was."""
+class Preview:
+    """A small picture of the work in progress, after `step` denoising steps; `data` is its file."""
 
-    stage: str
-    replica: str
-    queue_seconds: float
-    compute_seconds: float
+    image_index: int
+    step: int
+    data: bytes
+    media_type: str
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, decoded by Pillow."""
+        return _decoded(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +73,16 @@ class GeneratedImage:
         model: that made it.
         width: pixels.
         height: pixels.
-        steps: denoising steps computed.
-        stages: what each stage spent.
+        steps: denoising steps computed, on all replicas together.
+        steps_recomputed: those among them that were computed twice, because a replica was lost.
+        steps_saved: steps that were asked for and left out under load, as `min_steps` allowed.
+        determinism: how equal another run will be: "exact" bit for bit, "default" up to rounding.
+        stages: what each replica spent, in order.
         token_count: tokens of the prompt, start and end included.
         truncated_prompt: the end of the prompt that did not fit the model's context and was left out.
         truncated_negative_prompt: the same of the negative prompt.
         fingerprints: of the weights, by stage.
+        receipt: all that it takes to make the picture again.
     """
 
     data: bytes
@@ -119,18 +92,20 @@ class GeneratedImage:
     width: int
     height: int
     steps: int
+    steps_recomputed: int
+    steps_saved: int
+    determinism: str
     stages: tuple[StageSeconds, ...]
     token_count: int
     truncated_prompt: str
     truncated_negative_prompt: str
     fingerprints: Mapping[str, str]
+    receipt: Receipt
 
     @property
     def image(self) -> Image.Image:
         """The picture, decoded by Pillow."""
-        picture = Image.open(io.BytesIO(self.data))
-        picture.load()
-        return picture
+        return _decoded(self.data)
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,7 @@ class GenerationResult:
     images: tuple[GeneratedImage, ...]
 
 
-Event = Accepted | Queued | Progress | GenerationResult
+Event = Accepted | Queued | Progress | Preview | GenerationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +148,9 @@ class Model:
     schedules: tuple[str, ...]
     max_tokens: int
     fingerprints: Mapping[str, str]
+
+
+def _decoded(file: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(file))
+    picture.load()
+    return picture

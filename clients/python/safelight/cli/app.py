@@ -8,6 +8,7 @@ import typer
 
 from safelight.cli.generate import generate
 from safelight.cli.models import models
+from safelight.cli.replay import replay
 from safelight.cli.serve import SERVERS, up
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Safelight: image and video diffusion models, served as gRPC stages.",
 )
 app.command()(generate)
+app.command()(replay)
 app.command()(models)
 # A server reads its own flags, --help among them.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from safelight.cli.drawing import connect, draw
 from safelight.cli.output_files import format_of, output_paths, write_files
-from safelight.cli.progress_bar import ProgressBar
-from safelight.connection import Connection, endpoint_or_none
+from safelight.connection import endpoint_or_none
 from safelight.errors import InvalidRequestError
 from safelight.messages import to_request
 from safelight.model_files import entry_of
-from safelight.types import GeneratedImage, GenerationOptions, GenerationResult
+from safelight.options import GenerationOptions
+from safelight.types import GeneratedImage, GenerationResult
 
 
 def generate(
@@ -29,6 +29,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    min_steps: Annotated[int | None, typer.Option(help="Fewest to accept from a busy gateway; default: all.")] = None,
     sampler: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
     sampler_parameter: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="E.g. eta=0.5.")] = None,
     schedule: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
@@ -37,9 +38,22 @@ def generate(
     clip_skip: Annotated[int | None, typer.Option(help="CLIP layer, counted from the end.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; default: drawn.")] = None,
     num_images: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    determinism: Annotated[
+        str, typer.Option(help="`exact`: another run gives the same bytes; or `default`.")
+    ] = "default",
+    preview_every: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="Show the picture on a true-colour terminal as it grows.")
+    ] = None,
     output_format: Annotated[str | None, typer.Option("--format", help="If not that of the suffix.")] = None,
     quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = None,
     metadata: Annotated[bool, typer.Option(help="Put the parameters into the file.")] = True,
+    receipt: Annotated[
+        Path | None, typer.Option(help="File to write for `safelight replay`. Several get -0, -1 ….")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after them.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A repeated command with it gets the first one's pictures.")
+    ] = None,
     tenant: Annotated[str, typer.Option(help="Whose share of the device the work counts against.")] = "",
     priority: Annotated[int, typer.Option(help="Higher runs first; -100 to 100.")] = 0,
     model: Annotated[str | None, typer.Option(help="Name at the endpoint; without one, weights or `demo`.")] = None,
@@ -56,6 +70,7 @@ def generate(
         width=width,
         height=height,
         steps=steps,
+        min_steps=min_steps,
         sampler=sampler,
         sampler_parameters=_numbers("--sampler-parameter", sampler_parameter or ()),
         schedule=schedule,
@@ -64,17 +79,21 @@ def generate(
         clip_skip=clip_skip,
         seed=seed,
         num_images=num_images,
+        determinism=determinism,
+        preview_every_steps=preview_every,
         format=output_format or format_of(output),
         quality=quality,
         metadata=metadata,
         tenant=tenant,
         priority=priority,
     )
-    to_request(options)  # refuses what can't be sent before a stack is started for it
-    paths = output_paths(output, num_images)
-    with _connect(target, model, device) as connection:
-        result = _generate(connection, options)
+    to_request(options, timeout_seconds=timeout)  # refuses what can't be sent before a stack is started for it
+    paths, receipts = _all_paths(output, receipt, num_images)
+    entry = entry_of("--model", model) if model and not target else None
+    with connect(target, entry, device) as connection:
+        result = draw(connection, options, timeout, idempotency_key)
     write_files(paths, [image.data for image in result.images])
+    write_files(receipts, [image.receipt.to_json().encode() for image in result.images[: len(receipts)]])
     _warn_of_truncation(result.images[0])
     typer.echo(_as_json(paths, result) if as_json else "\n".join(map(_summary, paths, result.images)))
 
@@ -91,17 +110,14 @@ def _numbers(field: str, texts: Sequence[str]) -> Mapping[str, float]:
     return numbers
 
 
-def _connect(endpoint: str | None, model: str | None, device: str) -> Connection:
-    if endpoint is not None:
-        return Connection.to_endpoint(endpoint)
-    entry = entry_of("--model", model) if model else None
-    with Console(stderr=True).status("starting the embedded stack …"):
-        return Connection.to_embedded(entry, device=device)
-
-
-def _generate(connection: Connection, options: GenerationOptions) -> GenerationResult:
-    with ProgressBar(options.num_images) as bar:
-        return connection.generate(options, bar.show)
+def _all_paths(output: Path, receipt: Path | None, count: int) -> tuple[list[Path], list[Path]]:
+    """The files of the pictures and of their receipts, where those are asked for."""
+    paths = output_paths("--output", output, count)
+    if receipt is None:
+        return paths, []
+    if receipt.resolve() == output.resolve():
+        raise InvalidRequestError.of("--receipt", f"{receipt} is the picture's file; give another one")
+    return paths, output_paths("--receipt", receipt, count)
 
 
 def _warn_of_truncation(image: GeneratedImage) -> None:

@@ -1,4 +1,4 @@
-"""The files that `safelight generate` writes: checked before the work starts, and never left half written."""
+"""The files that the commands write: checked before the work starts, and never left half written."""
 
 from __future__ import annotations
 
@@ -24,29 +24,34 @@ def format_of(output: Path) -> str:
     return FORMATS[suffix]
 
 
-def output_paths(output: Path, count: int) -> list[Path]:
+def output_paths(option: str, output: Path, count: int) -> list[Path]:
     """The file of each picture: cat.png, or cat-0.png, cat-1.png … of several.
+
+    Args:
+        option: that named the file, for errors.
+        output: the file.
+        count: of the pictures.
 
     Raises:
         InvalidRequestError: one can't be written.
     """
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(count)]
     for path in paths:
-        _check_writable(path)
+        _check_writable(option, path)
     return paths
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(option: str, path: Path) -> None:
     if path.exists() and not path.is_file():
-        raise InvalidRequestError.of("--output", f"{path} is not a file; give the path of one")
+        raise InvalidRequestError.of(option, f"{path} is not a file; give the path of one")
     if path.exists() and not os.access(path, os.W_OK):
-        raise InvalidRequestError.of("--output", f"{path} may not be written; make it writable, or give another path")
+        raise InvalidRequestError.of(option, f"{path} may not be written; make it writable, or give another path")
     try:
         temporary = _temporary(path)
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        raise InvalidRequestError.of("--output", f"{path} can't be written: {error.strerror}") from error
+        raise InvalidRequestError.of(option, f"{path} can't be written: {error.strerror}") from error
 
 
 def write_files(paths: Sequence[Path], contents: Sequence[bytes]) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 from safelight.connection import Connection, endpoint_or_none
 from safelight.errors import UnknownModelError, UnsupportedError
 from safelight.model_files import WeightsPath, as_list, model_name
+from safelight.options import GenerationOptions
 from safelight.pipelines.config import SDPipelineConfig, check_served, manifest_entry, stack_settings
-from safelight.types import Event, GenerationOptions, Progress
+from safelight.types import Event, Progress
 
 _log = logging.getLogger("safelight.pipelines")
 

@@ -1,13 +1,14 @@
-"""From the user's options to the wire and back: what can't be sent is refused by name before anything is sent."""
+"""From the user's options to the wire: what can't be sent is refused by name before anything is sent."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
-from safelight import Accepted, GenerationOptions, GenerationResult, InternalError, InvalidRequestError, Progress
-from safelight.messages import EventReader, to_request
+from safelight import GenerationOptions, InvalidRequestError
+from safelight.messages import to_request
 from safelight.v1 import generation_service_pb2 as pb
 from safelight.v1 import work_pb2 as work
 
@@ -28,6 +29,7 @@ def test_everything_given_is_sent() -> None:
         width=512,
         height=768,
         steps=7,
+        min_steps=4,
         sampler="ddim",
         sampler_parameters={"eta": 0.5},
         schedule="karras",
@@ -36,14 +38,16 @@ def test_everything_given_is_sent() -> None:
         clip_skip=2,
         seed=0,
         num_images=3,
+        determinism="exact",
+        preview_every_steps=2,
         format="webp",
         quality=80,
         metadata=False,
         tenant="studio",
         priority=5,
     )
-    assert to_request(options) == pb.GenerateRequest(
-        context=work.WorkContext(tenant="studio", priority=5),
+    assert to_request(options, idempotency_key="mine") == pb.GenerateRequest(
+        context=work.WorkContext(tenant="studio", priority=5, idempotency_key="mine"),
         model="sd15",
         prompt="a cat",
         negative_prompt="a dog",
@@ -55,13 +59,29 @@ def test_everything_given_is_sent() -> None:
             schedule="karras",
             schedule_parameters={"rho": 5.0},
             steps=7,
+            min_steps=4,
         ),
         guidance=work.GuidanceOptions(scale=0.0),
         clip_skip=2,
         seeds=[0],
         num_images=3,
         output=work.OutputOptions(format=work.OUTPUT_FORMAT_WEBP, quality=80, omit_metadata=True),
+        preview=work.PreviewOptions(every_steps=2),
+        determinism=work.DETERMINISM_CLASS_EXACT,
     )
+
+
+def test_a_timeout_becomes_a_moment() -> None:
+    before = time.time_ns()
+    request = to_request(GenerationOptions(prompt="a cat"), timeout_seconds=2.5)
+    after = time.time_ns()
+    assert before <= request.context.deadline.ToNanoseconds() - 2_500_000_000 <= after
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_is_no_time_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidRequestError, match=r"timeout_seconds: is .* must be above 0"):
+        to_request(GenerationOptions(prompt="a cat"), timeout_seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +93,9 @@ def test_everything_given_is_sent() -> None:
         ({"prompt": "a", "steps": 0}, "steps"),
         ({"prompt": "a", "width": 0}, "width"),
         ({"prompt": "a", "num_images": 0}, "num_images"),
+        ({"prompt": "a", "min_steps": 0}, "min_steps"),
+        ({"prompt": "a", "preview_every_steps": 0}, "preview_every_steps"),
+        ({"prompt": "a", "determinism": "rough"}, "determinism: is 'rough'; choose from default, exact"),
         ({"prompt": "a", "format": "bmp"}, "png, jpeg, webp"),
         ({"prompt": "a", "seed": 2**63}, "can't be sent"),
         ({"prompt": "a", "width": 512.5}, "can't be sent"),
@@ -82,29 +105,3 @@ def test_everything_given_is_sent() -> None:
 def test_what_the_wire_cannot_carry_is_refused_with_a_sentence(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named):
         to_request(GenerationOptions(**options))
-
-
-def test_a_stream_becomes_events_and_its_chunks_become_files() -> None:
-    reader = EventReader()
-    parameters = work.GenerationParameters(seed=5, model="sd15", width=8, height=16)
-    responses = [
-        pb.GenerateResponse(accepted=pb.GenerateAccepted(request_id="id", images=[parameters])),
-        pb.GenerateResponse(progress=pb.GenerateProgress(stage="denoiser", step=1, steps=2)),
-        pb.GenerateResponse(chunk=work.FileChunk(data=b"ab", media_type="image/png")),
-        pb.GenerateResponse(chunk=work.FileChunk(data=b"cd")),
-        pb.GenerateResponse(result=pb.GenerateResult(images=[pb.ImageReceipt(parameters=parameters)])),
-    ]
-    accepted, progress, first_chunk, second_chunk, result = map(reader.read, responses)
-    assert (accepted, first_chunk, second_chunk) == (Accepted("id", (5,)), None, None)
-    assert progress == Progress(0, "denoiser", 1, 2)
-    assert isinstance(result, GenerationResult)
-    assert (result.images[0].data, result.images[0].media_type, result.images[0].seed) == (b"abcd", "image/png", 5)
-
-
-def test_an_event_of_a_later_release_is_passed_over() -> None:
-    assert EventReader().read(pb.GenerateResponse()) is None
-
-
-def test_a_picture_without_its_file_is_an_error() -> None:
-    with pytest.raises(InternalError, match="picture 0"):
-        EventReader().read(pb.GenerateResponse(result=pb.GenerateResult(images=[pb.ImageReceipt()])))

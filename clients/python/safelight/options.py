@@ -1,0 +1,60 @@
+"""What a user asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What to make; everything but the prompt has a default, which is the model's own where it says None.
+
+    Args:
+        prompt: what the picture shall show.
+        negative_prompt: what it shall not show.
+        model: name of the model; None if the gateway serves just one.
+        width: pixels; a multiple of the model's scale factor (8).
+        height: pixels.
+        steps: denoising steps.
+        min_steps: the fewest steps to accept when the gateway is too busy for `steps`; None: rather a refusal.
+        sampler: "euler", "euler_ancestral", "ddim" or "dpmpp_2m".
+        sampler_parameters: e.g. {"eta": 0.5}.
+        schedule: "scaled_linear", "karras" or "exponential".
+        schedule_parameters: e.g. {"rho": 7.0}.
+        guidance_scale: of classifier-free guidance; at or below 1 the negative prompt is not used.
+        clip_skip: CLIP layer to take, counted from the end; 1 is the last.
+        seed: of the first picture; the others count up from it. None draws one, told in the result.
+        num_images: how many pictures.
+        determinism: "default" is equal up to rounding whenever it is run; "exact" is equal bit for bit, whatever else
+            the gateway computes, and costs the speed of sharing forward passes.
+        preview_every_steps: a Preview event every so many steps; None: none.
+        format: "png", "jpeg", "webp" or "latents" (a safetensors file).
+        quality: 1 to 100 for JPEG and WebP.
+        metadata: embed the parameters in the file.
+        tenant: whose share of the device the work counts against.
+        priority: higher runs first; -100 to 100.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    model: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    min_steps: int | None = None
+    sampler: str | None = None
+    sampler_parameters: Mapping[str, float] = field(default_factory=dict)
+    schedule: str | None = None
+    schedule_parameters: Mapping[str, float] = field(default_factory=dict)
+    guidance_scale: float | None = None
+    clip_skip: int | None = None
+    seed: int | None = None
+    num_images: int = 1
+    determinism: str = "default"
+    preview_every_steps: int | None = None
+    format: str = "png"
+    quality: int | None = None
+    metadata: bool = True
+    tenant: str = ""
+    priority: int = 0
