@@ -23,6 +23,16 @@ class Stages:
         """In the order of a request's road."""
         return (self.encoder, self.denoiser, self.decoder)
 
+    @property
+    def by_name(self) -> dict[str, ReplicaSet]:
+        """The replicas by the name of their stage."""
+        return {stage.stage: stage for stage in self.all}
+
+    @property
+    def capacity(self) -> int:
+        """Pictures that the denoisers and the decoders both can take; 0: they have not told yet."""
+        return min(self.denoiser.capacity, self.decoder.capacity)
+
     def models(self) -> list[ModelDescription]:
         """The models that every stage serves, each stage's part merged in."""
         parts = [stage.models for stage in self.all]

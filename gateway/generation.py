@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from gateway.admission import Admission
 from gateway.catalog import Stages
+from gateway.credits import Credits
 from gateway.leases import Leases
 from gateway.picture import Picture
 from gateway.plan import GenerationPlan, make_plan
@@ -16,7 +18,7 @@ from gateway.prompt_encoding import PromptEncoding
 from gateway.settings import GatewaySettings
 from gateway.stage_calls import StageCalls
 from gateway.validation import check_generate
-from safelight.errors import DeadlineExceededError, OverloadedError
+from safelight.errors import DeadlineExceededError
 from safelight.v1.generation_service_pb2 import GenerateAccepted, GenerateRequest, GenerateResponse, GenerateResult
 from services.common.channels import ChannelPool
 from services.common.metrics import Metrics
@@ -36,7 +38,8 @@ class Generation:
     channels: ChannelPool
     settings: GatewaySettings
     metrics: Metrics
-    _images_in_flight: int = 0
+    admission: Admission
+    credits: Credits
     _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(
@@ -53,11 +56,15 @@ class Generation:
         """
         model = self.stages.find(request.model)
         check_generate(request, model)
-        plan = make_plan(request, model)
-        request_id.set(plan.request_id)
-        calls = StageCalls(self.stages, _deadline(plan, remaining_seconds))
-        with self._admitted(len(plan.images)):
-            yield GenerateResponse(accepted=GenerateAccepted(request_id=plan.request_id, images=plan.images))
+        asked = make_plan(request, model)
+        request_id.set(asked.request_id)
+        deadline = _deadline(asked, remaining_seconds)
+        with self.admission.admit(asked, None if deadline is None else deadline - time.monotonic()) as admitted:
+            plan, calls = admitted.plan, StageCalls(self.stages, deadline, admitted.given)
+            accepted = GenerateAccepted(
+                request_id=plan.request_id, images=plan.images, estimated_seconds=admitted.estimated_seconds
+            )
+            yield GenerateResponse(accepted=accepted)
             async with aclosing(self._make_pictures(plan, calls)) as events:
                 async for event in events:
                     yield event
@@ -85,7 +92,7 @@ class Generation:
         attempts = self.settings.max_attempts
         encoding = PromptEncoding(plan, calls, leases, self.metrics, attempts, self.settings.encode_seconds)
         return [
-            Picture(plan, index, encoding, calls, leases, events.put, self.metrics, attempts)
+            Picture(plan, index, encoding, calls, self.credits, leases, events.put, self.metrics, attempts)
             for index in range(len(plan.images))
         ]
 
@@ -94,23 +101,6 @@ class Generation:
         task = asyncio.create_task(leases.release())
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
-
-    @contextmanager
-    def _admitted(self, images: int) -> Iterator[None]:
-        """Counts pictures in flight; raises OverloadedError when there are too many."""
-        capacity = self.settings.max_images_in_flight
-        if self._images_in_flight + images > capacity:
-            raise OverloadedError(
-                f"{self._images_in_flight} pictures are in work and {capacity} are allowed: retry later",
-                retry_after_seconds=1.0,
-                stage="gateway",
-                capacity=str(capacity),
-            )
-        self._images_in_flight += images
-        try:
-            yield
-        finally:
-            self._images_in_flight -= images
 
 
 async def _run(pictures: Sequence[Picture], events: EventQueue) -> None:

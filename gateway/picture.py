@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from gateway.credits import Credits
 from gateway.leases import Leases
 from gateway.plan import GenerationPlan
 from gateway.prompt_encoding import PromptEncoding
@@ -34,6 +35,7 @@ class Picture:
         index: which picture.
         encoding: the request's prompts, encoded.
         calls: the stages.
+        credits: one is held while the picture is in the stages.
         leases: takes the reference of the latent.
         emit: takes progress and file chunks.
         metrics: where retries are counted.
@@ -44,6 +46,7 @@ class Picture:
     index: int
     encoding: PromptEncoding
     calls: StageCalls
+    credits: Credits
     leases: Leases
     emit: Emit
     metrics: Metrics
@@ -64,7 +67,8 @@ class Picture:
         runs_left = self.max_attempts
         while True:
             try:
-                return await self._run_stages()
+                async with self.credits.held(self.calls.remaining_seconds()):
+                    return await self._run_stages()
             except InputsLostError as lost:
                 runs_left -= 1
                 if self._sent_bytes or runs_left <= 0:
@@ -158,6 +162,7 @@ class Picture:
             parameters=self.parameters,
             timings=[encoded.timing, denoised.timing, decoded.timing],
             steps_run=denoised.steps_run,
+            steps_saved=self.plan.steps_saved,
             determinism=denoised.determinism,
             token_count=positive.token_count,
             truncated_prompt=positive.truncated_text,

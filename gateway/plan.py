@@ -29,6 +29,7 @@ class GenerationPlan:
         images: the parameters of each picture.
         latent_shape: [C, H, W] of every picture's latent.
         output: how the files are written.
+        steps_saved: steps that were asked for and left out, as `min_steps` allows.
     """
 
     model: ModelDescription
@@ -36,6 +37,7 @@ class GenerationPlan:
     images: Sequence[GenerationParameters]
     latent_shape: tuple[int, int, int]
     output: OutputOptions
+    steps_saved: int = 0
 
     @property
     def request_id(self) -> str:

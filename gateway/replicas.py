@@ -1,10 +1,11 @@
-"""The replicas of one stage: which are healthy, what they serve, how much work each has, and who gets the next."""
+"""The replicas of one stage: which are healthy, what they serve, how busy each is, and who gets the next work."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from safelight.errors import StageUnavailableError, UnknownModelError
-from safelight.v1 import model_service_pb2, model_service_pb2_grpc
+from gateway.estimate import Pending, StageLoad
+from gateway.load import Backlog
+from gateway.work import Work
+from safelight.errors import FingerprintMismatchError, StageUnavailableError, UnknownModelError
+from safelight.v1 import load_service_pb2, load_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.channels import ChannelPool
 from services.common.metrics import Metrics
@@ -33,9 +37,10 @@ class Replica:
     Args:
         address: gRPC target.
         channel: connection to it.
-        healthy: whether it may be given work.
+        healthy: whether it answers.
         slow_probes: probes in a row that got no answer in time.
-        outstanding: work given to it and not yet ended, in the stage's own unit.
+        outstanding: work given to it and not yet ended, by size; counts where nothing has been measured.
+        backlog: what it has to do.
         models: what it serves.
     """
 
@@ -44,20 +49,33 @@ class Replica:
     healthy: bool = False
     slow_probes: int = 0
     outstanding: float = 0.0
+    backlog: Backlog = field(default_factory=Backlog)
     models: dict[str, ModelDescription] = field(default_factory=dict)
 
+    @property
+    def available(self) -> bool:
+        """Whether it may be given work."""
+        return self.healthy and not self.backlog.report.draining
+
     @contextmanager
-    def work(self, cost: float) -> Iterator[None]:
+    def work(self, work: Work) -> Iterator[None]:
         """Counts a piece of work as outstanding while it runs."""
-        self.outstanding += cost
+        given = self.backlog.give(work, time.monotonic())
+        self.outstanding += work.size
         try:
             yield
         finally:
-            self.outstanding -= cost
+            self.outstanding -= work.size
+            self.backlog.take_back(given)
+
+    def seconds_until_done(self, work: Work) -> float | None:
+        """Estimated time until a new piece of work would be done; None: it has measured nothing like it."""
+        seconds = self.backlog.costs.seconds(work)
+        return None if seconds is None else self.backlog.at(time.monotonic()).backlog_seconds + seconds
 
 
 class ReplicaSet:
-    """All replicas of one stage.
+    """All replicas of one stage, and the work `pending` for them: admitted, and given to none of them yet.
 
     Args:
         stage: "encoder", "denoiser" or "decoder".
@@ -71,6 +89,7 @@ class ReplicaSet:
         self, stage: str, targets: Sequence[str], interval_seconds: float, channels: ChannelPool, metrics: Metrics
     ) -> None:
         self.stage = stage
+        self.pending = Pending()
         self._targets = targets
         self._interval_seconds = interval_seconds
         self._channels = channels
@@ -91,27 +110,69 @@ class ReplicaSet:
 
     @property
     def models(self) -> dict[str, ModelDescription]:
-        """The models that at least one healthy replica serves."""
-        return {name: model for replica in self._healthy() for name, model in replica.models.items()}
+        """The models that at least one available replica serves."""
+        return {name: model for replica in self._available() for name, model in replica.models.items()}
 
-    def pick(self, model: str, avoid: Collection[Replica] = ()) -> Replica:
-        """The healthy replica of a model with the least outstanding work; one of `avoid` only if there is no other.
+    def load(self, model: str) -> StageLoad:
+        """What the replicas that serve a model have to do, and what is to come."""
+        now = time.monotonic()
+        serving = [replica for replica in self._available() if model in replica.models]
+        return StageLoad([replica.backlog.at(now) for replica in serving], self.pending)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that the replicas take at most, those that can't be reached at the moment included."""
+        return sum(replica.backlog.report.capacity for replica in self._replicas.values())
+
+    def pick(
+        self, model: str, avoid: Collection[Replica] = (), fingerprint: str = "", work: Work | None = None
+    ) -> Replica:
+        """The available replica of a model that will be done first with a piece of work.
+
+        Where one of them has measured nothing like it, the one with the least outstanding work.
+
+        Args:
+            model: name of the model.
+            avoid: taken only if there is no other.
+            fingerprint: of the weights asked for; empty: any.
+            work: what it will be given.
 
         Raises:
-            StageUnavailableError: no replica of the stage is healthy.
-            UnknownModelError: the healthy ones do not serve the model.
+            StageUnavailableError: no replica of the stage is available.
+            UnknownModelError: those that are do not serve the model.
+            FingerprintMismatchError: they serve it with other weights.
         """
-        healthy = self._healthy()
-        if not healthy:
+        serving = self._serving(model, fingerprint)
+        estimates = {replica: replica.seconds_until_done(work) if work else None for replica in serving}
+        done = {replica: seconds for replica, seconds in estimates.items() if seconds is not None}
+        if len(done) < len(serving):
+            done = dict.fromkeys(serving, 0.0)
+        return min(serving, key=lambda replica: (replica in avoid, done[replica], replica.outstanding))
+
+    def _serving(self, model: str, fingerprint: str) -> list[Replica]:
+        available = self._available()
+        if not available:
             raise StageUnavailableError(
                 f"no {self.stage} is reachable (of {len(self._replicas)} known): start one, or retry when it is back",
                 retry_after_seconds=self._interval_seconds,
                 stage=self.stage,
             )
-        serving = [replica for replica in healthy if model in replica.models]
+        serving = [replica for replica in available if model in replica.models]
         if not serving:
             raise UnknownModelError(f"model {model!r} is served by no {self.stage}", model=model)
-        return min(serving, key=lambda replica: (replica in avoid, replica.outstanding))
+        alike = [replica for replica in serving if fingerprint in ("", self._fingerprint(replica.models[model]))]
+        if not alike:
+            raise FingerprintMismatchError(
+                f"no {self.stage} has model {model!r} with the weights {fingerprint} any more: send the request again",
+                stage=self.stage,
+                model=model,
+                fingerprint=fingerprint,
+            )
+        return alike
+
+    def _fingerprint(self, model: ModelDescription) -> str:
+        """Fingerprint of the weights that the stage has of a model."""
+        return str(getattr(model, self.stage).fingerprint)
 
     def report_failure(self, replica: Replica) -> None:
         """Leave a replica out until its next good probe: a call to it found it unreachable."""
@@ -143,7 +204,7 @@ class ReplicaSet:
             health: Any = health_pb2_grpc.HealthStub(replica.channel)  # its stubs do not name the calls
             status = await health.Check(health_pb2.HealthCheckRequest(), timeout=_PROBE_SECONDS)
             if status.status == health_pb2.HealthCheckResponse.SERVING:
-                await self._read_models(replica)
+                await asyncio.gather(self._read_models(replica), self._read_load(replica))
                 replica.healthy, replica.slow_probes = True, 0
             else:
                 replica.healthy = False
@@ -159,13 +220,27 @@ class ReplicaSet:
         response = await stub.ListModels(model_service_pb2.ListModelsRequest(), timeout=_PROBE_SECONDS)
         replica.models = {model.name: model for model in response.models}
 
-    def _healthy(self) -> list[Replica]:
-        return [replica for replica in self._replicas.values() if replica.healthy]
+    async def _read_load(self, replica: Replica) -> None:
+        asked_at = time.monotonic()
+        stub = load_service_pb2_grpc.LoadServiceStub(replica.channel)
+        try:
+            report = await stub.GetLoad(load_service_pb2.GetLoadRequest(), timeout=_PROBE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.UNIMPLEMENTED:  # a stage of an earlier release does not tell
+                raise
+        else:
+            replica.backlog.update(report, asked_at)
+
+    def _available(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if replica.available]
 
     def _report(self) -> None:
-        healthy = len(self._healthy())
+        healthy = sum(replica.healthy for replica in self._replicas.values())
         self._metrics.replicas.labels(self.stage, "true").set(healthy)
         self._metrics.replicas.labels(self.stage, "false").set(len(self._replicas) - healthy)
+        now = time.monotonic()
+        backlog = sum(replica.backlog.at(now).backlog_seconds for replica in self._available())
+        self._metrics.stage_backlog_seconds.labels(self.stage).set(backlog + self.pending.seconds)
 
 
 async def _addresses(target: str) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from gateway.admission import Admission
 from gateway.catalog import Stages
+from gateway.credits import Credits
 from gateway.generation import Generation
 from gateway.replicas import ReplicaSet
 from gateway.servicer import GenerationServicer
@@ -27,7 +29,15 @@ def build_gateway(settings: GatewaySettings, metrics: Metrics) -> Service:
         denoiser=_replicas("denoiser", settings.denoisers, settings, channels, metrics),
         decoder=_replicas("decoder", settings.decoders, settings, channels, metrics),
     )
-    servicer = GenerationServicer(Generation(stages, channels, settings, metrics))
+    generation = Generation(
+        stages,
+        channels,
+        settings,
+        metrics,
+        Admission(stages, settings, metrics),
+        Credits(lambda: settings.max_images_in_stages or stages.capacity or settings.max_images_in_flight, metrics),
+    )
+    servicer = GenerationServicer(generation)
     model_servicer = ModelServicer(stages.models)
 
     async def start(address: str) -> None:

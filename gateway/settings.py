@@ -21,5 +21,18 @@ class GatewaySettings(ServerSettings):
     decoders: tuple[str, ...] = setting((), "Decoder replicas, written the same way.")
     health_interval_seconds: float = setting(1.0, "Time between two looks at every replica.")
     max_images_in_flight: int = setting(256, "Pictures in work at once; one more gets RESOURCE_EXHAUSTED.")
+    max_images_in_stages: int = setting(0, "Of these, pictures that have tensors; 0: as many as the stages can queue.")
+    max_queue_seconds: float = setting(
+        600.0, "Most seconds of work ahead of a request; one more gets RESOURCE_EXHAUSTED."
+    )
+    deadline_factor: float = setting(1.0, "A request is refused whose estimate is beyond its time times this.")
     max_attempts: int = setting(4, "Times a stage is tried for a picture, on another replica where there is one.")
     encode_seconds: float = setting(60.0, "Longest time for one encoder call.")
+    decode_seconds: float = setting(120.0, "Longest silence of a decoder; then the picture is decoded elsewhere.")
+    silence_seconds: float = setting(2.0, "Longest silence of a denoiser; then the picture goes on elsewhere.")
+    replica_wait_seconds: float = setting(15.0, "Time that work in progress waits for a replica when none is healthy.")
+    checkpoint_steps: int = setting(0, "Steps between two checkpoints; 0: as often as costs at most 1 % of step time.")
+    max_checkpoint_bytes: int = setting(256 * 1024**2, "Largest checkpoint kept; a larger one is left at its denoiser.")
+    journal_bytes: int = setting(256 * 1024**2, "Memory for finished results that clients may still ask for.")
+    journal_seconds: float = setting(120.0, "Time that a finished result is kept for its idempotency key.")
+    reattach_seconds: float = setting(5.0, "Time that work with an idempotency key goes on when its calls are lost.")

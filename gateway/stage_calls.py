@@ -15,6 +15,7 @@ import grpc
 
 from gateway.catalog import Stages
 from gateway.replicas import Replica, ReplicaSet
+from gateway.work import Work, decode_work, denoise_work, encode_work
 from safelight.errors import InternalError, SafelightError, from_rpc_error
 from safelight.v1 import (
     decoder_service_pb2,
@@ -49,10 +50,12 @@ class StageCalls:
     Args:
         stages: the replicas.
         deadline: `time.monotonic()` by when the request must be done; None: no limit.
+        given: told the stage whenever a replica of it is given work.
     """
 
     stages: Stages
     deadline: float | None
+    given: Callable[[str], None]
 
     def remaining_seconds(self) -> float | None:
         """Time left; None: no limit."""
@@ -62,7 +65,7 @@ class StageCalls:
         self, request: encoder_service_pb2.EncodeRequest, avoid: Collection[Replica], limit_seconds: float
     ) -> encoder_service_pb2.EncodeResponse:
         """The conditioning of a request's prompts."""
-        with self._call(self.stages.encoder, request.model, avoid, cost=len(request.prompts)) as replica:
+        with self._call(self.stages.encoder, encode_work(request), avoid) as replica:
             stub = encoder_service_pb2_grpc.EncoderServiceStub(replica.channel)
             remaining = self.remaining_seconds()
             timeout = limit_seconds if remaining is None else min(remaining, limit_seconds)
@@ -77,7 +80,7 @@ class StageCalls:
         report: Callable[[denoiser_service_pb2.DenoiseResponse], Awaitable[None]],
     ) -> denoiser_service_pb2.DenoiseResult:
         """The latent of one picture; every event before the result goes to `report`."""
-        with self._call(self.stages.denoiser, request.model, avoid, cost=_denoise_cost(request)) as replica:
+        with self._call(self.stages.denoiser, denoise_work(request), avoid) as replica:
             stub = denoiser_service_pb2_grpc.DenoiserServiceStub(replica.channel)
             async for event in stub.Denoise(request, timeout=self.remaining_seconds()):
                 if event.HasField("result"):
@@ -90,8 +93,7 @@ class StageCalls:
         self, request: decoder_service_pb2.DecodeRequest, avoid: Collection[Replica]
     ) -> AsyncGenerator[decoder_service_pb2.DecodeResponse, None]:
         """The file of one picture in chunks, then its result."""
-        height, width = request.latents.header.shape[-2:]
-        with self._call(self.stages.decoder, request.model, avoid, cost=height * width) as replica:
+        with self._call(self.stages.decoder, decode_work(request), avoid) as replica:
             stub = decoder_service_pb2_grpc.DecoderServiceStub(replica.channel)
             async for event in stub.Decode(request, timeout=self.remaining_seconds()):
                 if event.HasField("result"):
@@ -99,11 +101,12 @@ class StageCalls:
                 yield event
 
     @contextmanager
-    def _call(self, stage: ReplicaSet, model: str, avoid: Collection[Replica], cost: float) -> Iterator[Replica]:
+    def _call(self, stage: ReplicaSet, work: Work, avoid: Collection[Replica]) -> Iterator[Replica]:
         """Picks a replica and turns what gRPC raises into StageCallError."""
-        replica = stage.pick(model, avoid)
+        replica = stage.pick(work.model, avoid, work=work)
         try:
-            with replica.work(cost):
+            with replica.work(work):
+                self.given(stage.stage)
                 yield replica
         except grpc.aio.AioRpcError as error:
             unreachable = _is_unreachable(error)
@@ -115,9 +118,3 @@ class StageCalls:
 def _is_unreachable(error: grpc.aio.AioRpcError) -> bool:
     """UNAVAILABLE without details is gRPC's own word; with details it is the stage speaking of something else."""
     return error.code() == grpc.StatusCode.UNAVAILABLE and not from_rpc_error(error).metadata
-
-
-def _denoise_cost(request: denoiser_service_pb2.DenoiseRequest) -> float:
-    """Latent elements times steps times rows: what a denoiser's time grows with."""
-    rows = 2 if request.guidance.scale > 1 else 1
-    return float(request.sampling.steps * rows * request.latent_shape[-2] * request.latent_shape[-1])

@@ -72,7 +72,7 @@ async def test_work_is_spread_by_what_is_outstanding(tiny_manifest: str) -> None
     async with run_cluster(tiny_manifest, denoisers=2) as cluster:
         await asyncio.gather(*(client_of(cluster).generate("a cat", steps=4, seed=n) for n in range(6)))
         steps = [
-            server.metrics.registry.get_sample_value("safelight_denoise_steps_total", {"model": "tiny"})
+            server.metrics.registry.get_sample_value("safelight_denoise_steps_total", {"model": "tiny", "outcome": "useful"})
             for server in cluster.denoisers
         ]
     assert steps == [12, 12]
@@ -105,7 +105,7 @@ async def test_a_replica_that_comes_back_is_taken_back(tiny_manifest: str) -> No
         await cluster.until_replicas("denoiser", 2)
         await asyncio.gather(*(client.generate("a cat", steps=2) for _ in range(4)))
         steps = cluster.denoisers[0].metrics.registry.get_sample_value(
-            "safelight_denoise_steps_total", {"model": "tiny"}
+            "safelight_denoise_steps_total", {"model": "tiny", "outcome": "useful"}
         )
     assert steps
 

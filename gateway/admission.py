@@ -1,0 +1,227 @@
+"""Who is let in: what can't meet its deadline, or would wait too long, is refused before any stage is called.
+
+Only a request that allows it (`sampling.min_steps`) is given fewer steps instead: the most that still fit. Where no
+denoiser has measured anything like a request there is no estimate, and it is let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from gateway.admission_rules import AdmissionRules, most_steps
+from gateway.catalog import Stages
+from gateway.estimate import Estimate, RequestWork, estimate
+from gateway.plan import GenerationPlan
+from gateway.retry_times import RetryTimes
+from gateway.settings import GatewaySettings
+from gateway.work import Work
+from safelight.errors import DeadlineExceededError, DeadlineUnreachableError, OverloadedError
+from services.common.metrics import Metrics
+
+# gRPC ends a call at its deadline by a clock of its own.
+_TICK_SECONDS = 0.05
+
+
+@dataclass
+class Admitted:
+    """A request that was let in.
+
+    Args:
+        plan: what is to be made; with fewer steps than were asked for, where only they fit.
+        estimate: what it will take; None: nothing like it has been measured.
+        stages: the replicas.
+        stage: how far it has come: the last stage that was given a part of it.
+    """
+
+    plan: GenerationPlan
+    estimate: Estimate | None
+    stages: Stages
+    stage: str = "gateway"
+    _pending: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Seconds until the result; 0: there is no estimate."""
+        return self.estimate.seconds if self.estimate else 0.0
+
+    def start(self) -> None:
+        """Count every part of it as to come."""
+        images = len(self.plan.images)
+        self._pending = {"encoder": 1, "denoiser": images, "decoder": images}
+        for stage in self.stages.all:
+            stage.pending.add(self._seconds(stage.stage), self._pending[stage.stage])
+
+    def given(self, stage: str) -> None:
+        """A replica of a stage was given a part of the request; what is given again after a failure is not to come."""
+        self.stage = stage
+        if self._pending[stage]:
+            self._take(stage, 1)
+
+    def end(self) -> None:
+        """Nothing more of it is to come."""
+        for stage, pieces in self._pending.items():
+            self._take(stage, pieces)
+
+    def _take(self, stage: str, pieces: int) -> None:
+        self._pending[stage] -= pieces
+        self.stages.by_name[stage].pending.add(self._seconds(stage), -pieces)
+
+    def _seconds(self, stage: str) -> float:
+        """Seconds of one of its parts."""
+        time = self.estimate.stages.get(stage) if self.estimate else None
+        return time.each if time else 0.0
+
+
+class Admission:
+    """Lets requests in and knows what they have to come.
+
+    Args:
+        stages: the replicas and their load.
+        settings: the bounds.
+        metrics: where refusals, missed deadlines and the quality of the estimates are counted.
+    """
+
+    def __init__(self, stages: Stages, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._stages = stages
+        self._max_images = settings.max_images_in_flight
+        self._rules = AdmissionRules(settings.max_queue_seconds, settings.deadline_factor)
+        self._metrics = metrics
+        self._images = 0
+        self._retry_times = RetryTimes(time.monotonic)
+
+    @contextmanager
+    def admit(self, plan: GenerationPlan, remaining_seconds: float | None) -> Iterator[Admitted]:
+        """Let a request in for as long as the context lasts.
+
+        Args:
+            plan: what is asked for.
+            remaining_seconds: time it has; None: no limit.
+
+        Raises:
+            DeadlineUnreachableError: it would take longer than that.
+            OverloadedError: too much other work is ahead of it.
+        """
+        started = time.monotonic()
+        admitted = self._check(plan, remaining_seconds)
+        images = len(plan.images)
+        self._images += images
+        admitted.start()
+        try:
+            yield admitted
+        except (DeadlineExceededError, asyncio.CancelledError, GeneratorExit) as error:
+            spent = time.monotonic() - started + _TICK_SECONDS
+            late = remaining_seconds is not None and spent >= remaining_seconds
+            if late or isinstance(error, DeadlineExceededError):
+                self._metrics.deadline_missed.labels(admitted.stage).inc()
+            raise
+        else:
+            if admitted.estimated_seconds:
+                self._metrics.estimate_ratio.observe((time.monotonic() - started) / admitted.estimated_seconds)
+        finally:
+            admitted.end()
+            self._images -= images
+
+    def _check(self, plan: GenerationPlan, remaining_seconds: float | None) -> Admitted:
+        sampling = plan.images[0].sampling
+        known = self._estimate(plan, sampling.steps)
+        if self._images + len(plan.images) > self._max_images:
+            raise self._too_many(plan, known)
+        if known is None or self._rules.fits(known, remaining_seconds):
+            return Admitted(plan, known, self._stages)
+        steps = self._fewer_steps(plan, remaining_seconds)
+        if steps is None:
+            best = self._estimate(plan, sampling.min_steps or sampling.steps) or known
+            raise self._refusal(plan, best, remaining_seconds)
+        return Admitted(_with_steps(plan, steps), self._estimate(plan, steps), self._stages)
+
+    def _fewer_steps(self, plan: GenerationPlan, remaining_seconds: float | None) -> int | None:
+        """The most steps that fit of those that the request allows; None: none do."""
+        sampling = plan.images[0].sampling
+        if not 0 < sampling.min_steps < sampling.steps:
+            return None
+
+        def fits(steps: int) -> bool:
+            known = self._estimate(plan, steps)
+            return known is None or self._rules.fits(known, remaining_seconds)
+
+        return most_steps(sampling.min_steps, sampling.steps - 1, fits)
+
+    def _estimate(self, plan: GenerationPlan, steps: int) -> Estimate | None:
+        return estimate(request_work(plan, steps), *(stage.load(plan.model.name) for stage in self._stages.all))
+
+    def _refusal(
+        self, plan: GenerationPlan, best: Estimate, remaining_seconds: float | None
+    ) -> DeadlineUnreachableError | OverloadedError:
+        if remaining_seconds is not None and not self._rules.in_time(best.seconds, remaining_seconds):
+            return self._unreachable(plan, best, remaining_seconds)
+        return self._overloaded(best)
+
+    def _unreachable(self, plan: GenerationPlan, best: Estimate, remaining_seconds: float) -> DeadlineUnreachableError:
+        self._metrics.admission_refused.labels("deadline").inc()
+        # A moment in time comes no later for waiting; only a call that is made anew has its time again.
+        again = not plan.context.HasField("deadline") and self._rules.in_time(best.idle_seconds, remaining_seconds)
+        return DeadlineUnreachableError(
+            f"the request would take about {best.seconds:.1f} s and has {remaining_seconds:.1f} s: allow more time, "
+            "ask for fewer steps or a smaller picture, or allow fewer steps under load with sampling.min_steps",
+            retry_after_seconds=self._retry_after(best, best.seconds - remaining_seconds) if again else None,
+            estimated_seconds=f"{best.seconds:.3f}",
+            remaining_seconds=f"{remaining_seconds:.3f}",
+        )
+
+    def _overloaded(self, best: Estimate) -> OverloadedError:
+        self._metrics.admission_refused.labels("overload").inc()
+        stage = self._rules.full_stage(best) or "denoiser"
+        ahead, room = best.stages[stage].ahead, self._rules.room(best, stage)
+        return OverloadedError(
+            f"the {stage} has {ahead:.1f} s of work ahead of this request and {room:.1f} are allowed: retry later, or "
+            "add replicas",
+            retry_after_seconds=self._retry_after(best, ahead - room),
+            stage=stage,
+            queue_seconds=f"{ahead:.3f}",
+        )
+
+    def _too_many(self, plan: GenerationPlan, known: Estimate | None) -> OverloadedError:
+        self._metrics.admission_refused.labels("credits").inc()
+        excess = self._images + len(plan.images) - self._max_images
+        wait = 1.0
+        if known is not None and self._images:
+            wait = excess * max(time.ahead for time in known.stages.values()) / self._images
+        return OverloadedError(
+            f"{self._images} pictures are in work and {self._max_images} are allowed: retry later",
+            retry_after_seconds=self._retry_after(known, wait),
+            stage="gateway",
+            capacity=str(self._max_images),
+        )
+
+    def _retry_after(self, known: Estimate | None, wait_seconds: float) -> float:
+        """Seconds until there will be room, later for each further request that is refused meanwhile."""
+        slowest = max((time.each for time in known.stages.values()), default=0.0) if known else 0.0
+        return self._retry_times.after(wait_seconds, slowest)
+
+
+def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
+    """What a plan asks of the stages when it is run with so many steps."""
+    parameters = plan.images[0]
+    model, shape = parameters.model, plan.latent_shape
+    rows = 2 if parameters.guidance.scale > 1 else 1
+    return RequestWork(
+        encode=Work(model, rows=2),
+        denoise=Work(model, shape, rows, steps),
+        decode=Work(model, shape),
+        images=len(plan.images),
+    )
+
+
+def _with_steps(plan: GenerationPlan, steps: int) -> GenerationPlan:
+    """The same plan with fewer steps."""
+    images = []
+    for asked in plan.images:
+        image = type(asked)()
+        image.CopyFrom(asked)
+        image.sampling.steps = steps
+        images.append(image)
+    return replace(plan, images=images, steps_saved=plan.images[0].sampling.steps - steps)

@@ -1,0 +1,228 @@
+"""How long work will take: arithmetic on what the stages have measured and have queued. Pure.
+
+An estimate is the time of a queue in which nobody overtakes, or of sharing the device with everyone there, whichever is
+shorter. It leaves out transfers, which are short beside the computations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from gateway.work import Work
+from safelight.v1.load_service_pb2 import WorkCost
+
+Curve = dict[int, float]
+"""Seconds of a batch by its rows."""
+
+
+class Costs:
+    """Seconds of work as a replica has measured them."""
+
+    def __init__(self, measured: Iterable[WorkCost] = ()) -> None:
+        self._curves: dict[str, dict[tuple[int, ...], Curve]] = {}
+        for cost in measured:
+            curves = self._curves.setdefault(cost.model, {})
+            curves.setdefault(tuple(cost.latent_shape), {})[cost.rows] = cost.seconds
+
+    def seconds(self, work: Work, sharing: int = 1) -> float | None:
+        """Seconds of a piece of work whose passes are shared by so many alike; None: nothing like it was measured.
+
+        A latent shape that was not measured is scaled by its area from the nearest that was.
+        """
+        curves = self._curves.get(work.model, {})
+        alike = [shape for shape in curves if len(shape) == len(work.latent_shape)]
+        if not alike:
+            return None
+        area = math.prod(work.latent_shape)
+        nearest = min(alike, key=lambda shape: abs(math.log(math.prod(shape) / area)))
+        scale = area / math.prod(nearest)
+        return scale * work.passes * _pass_seconds(curves[nearest], work.rows * sharing)
+
+
+def _pass_seconds(curve: Curve, rows: int) -> float:
+    """Interpolated between measured sizes, in proportion to the nearest outside them."""
+    if rows in curve:
+        return curve[rows]
+    below = max((known for known in curve if known < rows), default=None)
+    above = min((known for known in curve if known > rows), default=None)
+    if below is None or above is None:
+        nearest = min(curve) if below is None else below
+        return curve[nearest] * rows / nearest
+    return curve[below] + (curve[above] - curve[below]) * (rows - below) / (above - below)
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """What a replica has to do at one moment.
+
+    Args:
+        backlog_seconds: seconds of work that it has accepted.
+        requests: how many requests that is.
+        costs: what it has measured.
+    """
+
+    backlog_seconds: float
+    requests: int
+    costs: Costs
+
+
+@dataclass
+class Pending:
+    """Work that is to come: how many seconds, and how many pieces."""
+
+    seconds: float = 0.0
+    pieces: int = 0
+
+    def add(self, seconds: float, pieces: int) -> None:
+        """Count pieces of so many seconds each in, or with a negative number out again."""
+        self.pieces += pieces
+        self.seconds = self.seconds + seconds * pieces if self.pieces else 0.0
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """What a stage has to do at one moment.
+
+    Args:
+        replicas: those that take work.
+        pending: work that the gateway has admitted and given to no replica yet.
+    """
+
+    replicas: Sequence[ReplicaLoad]
+    pending: Pending = field(default_factory=Pending)
+
+    def spread(self) -> list[ReplicaLoad]:
+        """The replicas' loads when the work that is pending has been spread over them."""
+        count = len(self.replicas)
+        return [
+            replace(
+                load,
+                backlog_seconds=load.backlog_seconds + self.pending.seconds / count,
+                requests=load.requests + round(self.pending.pieces / count),
+            )
+            for load in self.replicas
+        ]
+
+    def idle(self) -> StageLoad:
+        """The same stage with nothing to do."""
+        return StageLoad([ReplicaLoad(0.0, 0, load.costs) for load in self.replicas])
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """What a request's work takes in one stage.
+
+    Args:
+        ahead: seconds until the first replica would begin with it, if nobody shared.
+        each: seconds of one piece on the fastest replica.
+        alone: seconds that all pieces take on an idle stage.
+        done: seconds until they are done.
+    """
+
+    ahead: float
+    each: float
+    alone: float
+    done: float
+
+
+def stage_time(stage: StageLoad, work: Work, count: int, shared: bool) -> StageTime | None:
+    """What so many equal pieces of work take in a stage; None: no replica has measured anything like it.
+
+    Args:
+        stage: its load.
+        work: one piece.
+        count: pieces.
+        shared: whether replicas take turns between all that they have, pass by pass, as denoisers do.
+    """
+    measured = [(load, load.costs.seconds(work)) for load in stage.spread()]
+    loads = [load for load, seconds in measured if seconds is not None]
+    if not loads:
+        return None
+    return StageTime(
+        ahead=min(load.backlog_seconds for load in loads),
+        each=min(seconds for _, seconds in measured if seconds is not None),
+        alone=_done(stage.idle().replicas, work, count, shared),
+        done=_done(loads, work, count, shared),
+    )
+
+
+def _done(loads: Sequence[ReplicaLoad], work: Work, count: int, shared: bool) -> float:
+    """Seconds until the last of the pieces is done, each given to the replica that is done with it first."""
+    alone = [load.costs.seconds(work) for load in loads]
+    queues = [_Queue(load, seconds) for load, seconds in zip(loads, alone, strict=True) if seconds is not None]
+    for _ in range(count):
+        min(queues, key=lambda queue: queue.done + queue.seconds).pieces += 1
+    return max(queue.shared_done(work) if shared else queue.done for queue in queues if queue.pieces)
+
+
+@dataclass
+class _Queue:
+    """A replica's queue with pieces of a request at its end."""
+
+    load: ReplicaLoad
+    seconds: float
+    pieces: int = 0
+
+    @property
+    def done(self) -> float:
+        return self.load.backlog_seconds + self.pieces * self.seconds
+
+    def shared_done(self, work: Work) -> float:
+        """When all take turns, the request is done long before what is longer than it."""
+        sharing = self.load.costs.seconds(work, self.load.requests + self.pieces)
+        assert sharing is not None
+        return min(self.done, sharing)
+
+
+@dataclass(frozen=True)
+class RequestWork:
+    """What a whole request asks of the stages.
+
+    Args:
+        encode: its prompts.
+        denoise: one of its latents.
+        decode: one of its latents.
+        images: how many latents there are.
+    """
+
+    encode: Work
+    denoise: Work
+    decode: Work
+    images: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request will take.
+
+    Args:
+        seconds: until its result.
+        idle_seconds: until its result, if there were no other work.
+        stages: what it takes in each stage that has measured anything like it; in the denoiser always.
+    """
+
+    seconds: float
+    idle_seconds: float
+    stages: Mapping[str, StageTime]
+
+
+def estimate(work: RequestWork, encoder: StageLoad, denoiser: StageLoad, decoder: StageLoad) -> Estimate | None:
+    """What a request will take; None: no denoiser has measured anything like it.
+
+    An encoder or a decoder that has measured nothing yet counts nothing: its part is small.
+    """
+    denoise = stage_time(denoiser, work.denoise, work.images, shared=True)
+    if denoise is None:
+        return None
+    times = {
+        "encoder": stage_time(encoder, work.encode, 1, shared=False),
+        "denoiser": denoise,
+        "decoder": stage_time(decoder, work.decode, work.images, shared=False),
+    }
+    known = {stage: time for stage, time in times.items() if time is not None}
+    done = 0.0
+    for time in known.values():
+        done = max(done + time.alone, time.done)  # it begins when it has come and those ahead of it have gone
+    return Estimate(done, sum(time.alone for time in known.values()), known)

@@ -1,0 +1,53 @@
+"""Pieces of work: what a request asks of one replica of each stage, in the units that stages measure their costs in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from safelight.v1.decoder_service_pb2 import DecodeRequest
+from safelight.v1.denoiser_service_pb2 import DenoiseRequest
+from safelight.v1.encoder_service_pb2 import EncodeRequest
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work for one replica.
+
+    Args:
+        model: name of the model.
+        latent_shape: extents of the latent without its batch axis; empty at the encoder.
+        rows: rows that it takes of a batch.
+        passes: forward passes, one after the other: the denoiser's steps; 1 elsewhere.
+    """
+
+    model: str
+    latent_shape: tuple[int, ...] = ()
+    rows: int = 1
+    passes: int = 1
+
+    @property
+    def size(self) -> float:
+        """What its time grows with, where nothing has been measured: elements times rows times passes."""
+        return float(math.prod(self.latent_shape) * self.rows * self.passes)
+
+
+def encode_work(request: EncodeRequest) -> Work:
+    """A batch of prompts."""
+    return Work(request.model, rows=len(request.prompts))
+
+
+def denoise_work(request: DenoiseRequest) -> Work:
+    """The steps that are left; in the exact class each row has a pass of its own."""
+    rows = 2 if request.guidance.scale > 1 else 1
+    steps = request.sampling.steps - request.resume_from.step
+    shape = tuple(request.latent_shape)
+    if request.determinism == DETERMINISM_CLASS_EXACT:
+        return Work(request.model, shape, passes=steps * rows)
+    return Work(request.model, shape, rows, steps)
+
+
+def decode_work(request: DecodeRequest) -> Work:
+    """A latent."""
+    return Work(request.model, tuple(request.latents.header.shape[1:]))
