@@ -12,6 +12,7 @@ from safelight.errors import InvalidRequestError, OutOfMemoryError
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, FileChunk, StageTiming
+from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher
 from services.common.exchange import CHUNK_BYTES, TensorReader, TensorStore
 from services.common.executor import DeviceExecutor
@@ -72,22 +73,23 @@ class Decoding:
         height, width = image.shape[-2:]
         check_picture_size(width, height, description)
         decoder = self.decoders[request.model]
-        latents, timing = await self._compute(request.model, lambda: decoder.encode(image, self.tiling))
+        latents, timing = await self._compute(WorkKind(request.model), lambda: decoder.encode(image, self.tiling))
         header = make_header(latents, "BCHW", decoder.fingerprint)
-        return pb.EncodeImageResponse(latents=self.store.put(header, TorchPayload(latents)), timing=timing)
+        return pb.EncodeImageResponse(latents=await self.store.put(header, TorchPayload(latents)), timing=timing)
 
     async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
         decoder = self.decoders[request.model]
-        image, timing = await self._compute(request.model, lambda: decoder.decode(latents, self.tiling))
+        kind = WorkKind(request.model, tuple(latents.shape[1:]))
+        image, timing = await self._compute(kind, lambda: decoder.decode(latents, self.tiling))
         check_finite(image, "the decoded picture")
         file = await asyncio.to_thread(picture_file, image[0], request.output, request.parameters)
         return file, timing
 
-    async def _compute(self, model: str, computation: Computation) -> tuple[Tensor, StageTiming]:
+    async def _compute(self, kind: WorkKind, computation: Computation) -> tuple[Tensor, StageTiming]:
         """Run on the device, after those that came before."""
-        tensor, queued, computed = await self.queue.submit(computation)
+        tensor, queued, computed = await self.queue.submit(computation, kind)
         self.metrics.queue_seconds.labels("decoder").observe(queued)
-        self.metrics.stage_seconds.labels("decoder", model).observe(computed)
+        self.metrics.stage_seconds.labels("decoder", kind.model).observe(computed)
         return tensor, StageTiming(stage="decoder", queue_seconds=queued, compute_seconds=computed)
 
 

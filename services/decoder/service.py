@@ -54,15 +54,15 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
     servicer = DecoderServicer(decoding)
 
     async def start(address: str) -> None:
-        surroundings.store.advertise(address)
+        surroundings.advertise(address)
         queue.start()
 
     async def close() -> None:
         await queue.close()
         executor.close()
-        await surroundings.channels.close()
+        await surroundings.close()
 
-    mounts = stage_mounts(surroundings.store, list(models.values()))
+    mounts = stage_mounts(surroundings.store, list(models.values()), queue.load)
     mounts["safelight.v1.DecoderService"] = lambda server: (
         decoder_service_pb2_grpc.add_DecoderServiceServicer_to_server(servicer, server)
     )

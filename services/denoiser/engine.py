@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from services.denoiser.guidance import classifier_free_guidance
-from services.denoiser.job import DenoiseJob
+from services.denoiser.job import BatchKey, DenoiseJob
 from services.denoiser.registry import Denoiser
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.prediction import denoised_from_epsilon, scale_model_input
 from services.denoiser.sampling.sampler import SamplingPlan, advance, initial_state
-from services.denoiser.sampling.state import SamplerState
+from services.denoiser.sampling.state import SamplerState, state_on
+
+Row: TypeAlias = tuple[DenoiseJob, Any]
+"""A request and one of its conditionings: a row of a forward pass."""
+
+_HOST = torch.device("cpu")
 
 
 class DenoiserEngine:
@@ -30,6 +34,11 @@ class DenoiserEngine:
         self.models = models
         self._batch_cfg = batch_cfg
 
+    def batch_key(self, job: DenoiseJob) -> BatchKey:
+        """Which requests can share its forward passes."""
+        conditioning = self.models[job.model].batch_key(job.positive)
+        return BatchKey(job.model, tuple(job.state.latents.shape[1:]), conditioning, job.exact)
+
     @torch.inference_mode()
     def prepare(self, model: str, conditioning: Mapping[str, Tensor], field: str) -> Any:
         """What the model computes once a request from its conditioning."""
@@ -42,8 +51,13 @@ class DenoiserEngine:
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
-        """Advance every job by one step in shared forward passes; all are of one model and latent shape."""
+        """Advance every job by one step in shared forward passes; all are of one batch key.
+
+        A job of the exact class comes alone. Returns when the device is done.
+        """
         model = self.models[jobs[0].model]
+        for job in jobs:
+            self._place(job, model.device)
         guided = [job for job in jobs if job.negative is not None]
         positive, negative = self._predict(model, jobs, guided)
         negatives = dict(zip(guided, negative, strict=True))
@@ -51,29 +65,52 @@ class DenoiserEngine:
             if job in negatives:
                 epsilon = classifier_free_guidance(epsilon, negatives[job], job.guidance_scale)
             self._advance(job, epsilon)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+
+    @torch.inference_mode()
+    def spill(self, jobs: Sequence[DenoiseJob]) -> int:
+        """Move what the jobs hold on the device to host memory until their next step; returns how many had to move."""
+        return sum(self._place(job, _HOST) for job in jobs)
+
+    def _place(self, job: DenoiseJob, device: torch.device) -> bool:
+        """Whether anything had to move."""
+        if job.state.latents.device == device:
+            return False
+        model = self.models[job.model]
+        job.state = state_on(job.state, device)
+        job.positive = model.move(job.positive, device)
+        job.negative = None if job.negative is None else model.move(job.negative, device)
+        return True
 
     def _predict(
         self, model: Denoiser, jobs: Sequence[DenoiseJob], guided: Sequence[DenoiseJob]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Epsilon [1, C, ...] of each job's prompt, and of each guided job's negative prompt."""
-        rows = [(job, job.positive) for job in jobs]
-        negative_rows = [(job, job.negative) for job in guided]
-        if not negative_rows:
-            return _forward(model, rows), ()
-        if not self._batch_cfg:
-            return _forward(model, rows), _forward(model, negative_rows)
-        both = _forward(model, list(chain(rows, negative_rows)))
-        return both[: len(rows)], both[len(rows) :]
+        positive = [(job, job.positive) for job in jobs]
+        negative = [(job, job.negative) for job in guided]
+        predicted = [epsilon for rows in self._passes(positive, negative) for epsilon in _forward(model, rows)]
+        return predicted[: len(jobs)], predicted[len(jobs) :]
+
+    def _passes(self, positive: list[Row], negative: list[Row]) -> list[list[Row]]:
+        """The rows of each forward pass. In the exact class every row has its own: a row's rounding follows the size
+        of its batch."""
+        if positive[0][0].exact:
+            return [[row] for row in positive + negative]
+        if not negative or self._batch_cfg:
+            return [positive + negative]
+        return [positive, negative]
 
     @staticmethod
     def _advance(job: DenoiseJob, epsilon: Tensor) -> None:
         sigma = job.plan.sigmas[job.state.step_index]
         denoised = denoised_from_epsilon(job.state.latents, epsilon, sigma)
         job.state = advance(job.plan, job.state, denoised, job.noise)
+        job.denoised = denoised if job.preview_due(job.state.step_index) else None
 
 
-def _forward(model: Denoiser, rows: Sequence[tuple[DenoiseJob, Any]]) -> tuple[Tensor, ...]:
-    """One forward pass of (job, conditioning) rows; epsilon of each, with a batch axis of 1."""
+def _forward(model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+    """One forward pass; epsilon of each row, with a batch axis of 1."""
     latents = torch.cat([_model_input(job) for job, _ in rows])
     timesteps = torch.tensor([job.plan.timesteps[job.state.step_index] for job, _ in rows], device=latents.device)
     return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)

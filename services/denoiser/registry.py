@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.denoiser.models.sd15 import SD15Denoiser
+from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.noise_schedule import NoiseSchedule
 
 
@@ -20,9 +21,14 @@ class Denoiser(Protocol):
     noise_schedule: NoiseSchedule
     fingerprint: str
     device: torch.device
+    preview_map: LatentPreviewMap | None
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
+        ...
+
+    def example_conditioning(self) -> Mapping[str, Tensor]:
+        """Conditioning of the usual size, to measure with."""
         ...
 
     def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> Any:
@@ -31,6 +37,10 @@ class Denoiser(Protocol):
 
     def batch_key(self, prepared: Any) -> Hashable:
         """Prepared conditioning of equal key can share a forward pass."""
+        ...
+
+    def move(self, prepared: Any, device: torch.device) -> Any:
+        """Prepared conditioning on another device."""
         ...
 
     def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[Any]) -> Tensor:

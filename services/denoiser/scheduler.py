@@ -1,97 +1,155 @@
 """Which requests take the next step together: pure, without torch or a clock.
 
-The batch is re-formed before every step. Requests enter in order of arrival, up to `max_running` at a time. Among
-these, the one that has waited longest since its last step goes next, and others of its batch key share its forward
-pass while rows last. So a short request never waits for a long one to end, and none starves.
+The batch is re-formed before every step, out of all requests that are there. Who goes first says `step_order.py`, who
+shares the pass with it `merging.py`; here is who is there, and how far. A request that does not get the next step keeps
+its state, so a long one yields to a short one between two of its steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
-Request = TypeVar("Request", bound=Hashable)
+from services.denoiser.backlog import backlog_seconds
+from services.denoiser.cost_curve import StepCosts
+from services.denoiser.fair_share import FairShare
+from services.denoiser.merging import ForwardPass, Merging
+from services.denoiser.step_order import Standing, in_order
+from services.denoiser.step_work import Request, StepNeeds, StepWork
+
+__all__ = ["SchedulerLimits", "StepNeeds", "StepScheduler"]
+
+# Share of the device for requests that are overdue and have no deadline that would end their wait.
+_OVERDUE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
-class StepNeeds(Generic[Request]):
-    """What the scheduler knows of a request.
+class SchedulerLimits:
+    """How much the scheduler takes on.
 
     Args:
-        request: its identity.
-        batch_key: requests of equal key (model, latent shape, length of the conditioning) can share a forward pass.
-        rows: rows it takes of a forward pass.
+        max_running: started requests that keep their latents on the device.
+        max_batch_rows: rows of a forward pass; a single request may exceed it alone.
+        capacity: requests that may wait beside the running ones.
     """
 
-    request: Request
-    batch_key: Hashable
-    rows: int
+    max_running: int
+    max_batch_rows: int
+    capacity: int
 
 
 class StepScheduler(Generic[Request]):
     """Forms the batch of each step.
 
     Args:
-        max_running: requests between their first and last step.
-        max_batch_rows: rows of a forward pass; a single request may exceed it alone.
-        capacity: requests that may wait beside the running ones.
+        limits: how much it takes on.
+        costs: what forward passes cost; `stepped` refines them.
+        tenant_weights: shares of tenants under load; others weigh 1.
     """
 
-    def __init__(self, max_running: int, max_batch_rows: int, capacity: int) -> None:
-        self._max_running = max_running
-        self._max_batch_rows = max_batch_rows
-        self._capacity = capacity
-        self._waiting: dict[Request, StepNeeds[Request]] = {}
-        # Least recently stepped first.
-        self._running: dict[Request, StepNeeds[Request]] = {}
+    def __init__(
+        self, limits: SchedulerLimits, costs: StepCosts, tenant_weights: Mapping[str, float] | None = None
+    ) -> None:
+        self._limits = limits
+        self._costs = costs
+        self._shares = FairShare(tenant_weights or {})
+        self._merging = Merging(costs, limits.max_batch_rows)
+        # The least recently stepped first.
+        self._works: dict[Request, StepWork[Request]] = {}
+        self._pass: ForwardPass[Request] | None = None
+        self._overdue_credit = 0.0
 
     @property
     def waiting(self) -> int:
         """Requests that have not started."""
-        return len(self._waiting)
+        return len(self._works) - self.running
 
     @property
     def running(self) -> int:
         """Requests between their first and last step."""
-        return len(self._running)
+        return sum(work.started for work in self._works.values())
 
     @property
     def is_full(self) -> bool:
         """Whether `add` would exceed the capacity."""
-        return len(self._running) >= self._max_running and len(self._waiting) >= self._capacity
+        return len(self._works) >= self._limits.max_running + self._limits.capacity
 
-    def add(self, needs: StepNeeds[Request]) -> int:
+    def add(self, needs: StepNeeds[Request], now: float) -> int:
         """Take a request in; returns how many were there before it. The caller checks `is_full` first."""
-        position = self.waiting + self.running
-        self._waiting[needs.request] = needs
-        self._start_waiting()
-        return position
+        self._shares.join(needs.tenant)
+        self._works[needs.request] = StepWork(needs, now, needs.steps)
+        return len(self._works) - 1
 
     def remove(self, request: Request) -> None:
         """Forget a request that is done or cancelled; unknown ones are ignored."""
-        self._waiting.pop(request, None)
-        self._running.pop(request, None)
-        self._start_waiting()
+        work = self._works.pop(request, None)
+        if work is not None:
+            self._shares.leave(work.needs.tenant)
 
-    def next_batch(self) -> list[Request]:
-        """The requests of the next forward pass, which then count as the most recently stepped; empty when idle."""
-        batch = [needs.request for needs in self._fill(self._running.values())]
-        for request in batch:
-            self._running[request] = self._running.pop(request)
-        return batch
+    def next_batch(self, now: float) -> list[Request]:
+        """The requests of the next forward pass, empty when idle. The caller answers with `stepped`, or removes them."""
+        if not self._works:
+            return []
+        self._pass = self._merging.form(self._in_order(now), now)
+        for work in self._pass.batch:
+            work.started, work.spilled = True, False
+            self._works[work.needs.request] = self._works.pop(work.needs.request)
+        return [work.needs.request for work in self._pass.batch]
 
-    def _fill(self, candidates: Iterable[StepNeeds[Request]]) -> list[StepNeeds[Request]]:
-        batch: list[StepNeeds[Request]] = []
-        rows = 0
-        for needs in candidates:
-            fits = rows + needs.rows <= self._max_batch_rows
-            if not batch or (fits and needs.batch_key == batch[0].batch_key):
-                batch.append(needs)
-                rows += needs.rows
-        return batch
+    def stepped(self, batch: Sequence[Request], seconds: float) -> None:
+        """The batch of `next_batch` has done its step in so many seconds; requests without a further step are dropped.
 
-    def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._max_running:
-            request = next(iter(self._waiting))
-            self._running[request] = self._waiting.pop(request)
+        Requests that were removed meanwhile are charged all the same: the device has worked for them.
+        """
+        done = self._pass
+        if done is None or [work.needs.request for work in done.batch] != list(batch):
+            raise ValueError("the batch is not that of the last next_batch")
+        self._pass = None
+        self._merging.ran(done, seconds)
+        self._overdue_credit += _OVERDUE_SHARE * seconds
+        for work in done.batch:
+            self._shares.charge(work.needs.tenant, seconds * work.needs.rows / done.rows)
+            work.left -= 1
+            if work.left == 0:
+                self.remove(work.needs.request)
+
+    def to_spill(self) -> list[Request]:
+        """Started requests whose latents may leave the device: those beyond `max_running`, the longest unstepped first.
+
+        Each is named once; it is back on the device with its next step.
+        """
+        stepping = () if self._pass is None else self._pass.batch
+        on_device = [work for work in self._works.values() if work.started and not work.spilled]
+        excess = max(len(on_device) - self._limits.max_running, 0)
+        idle = [work for work in on_device if work not in stepping][:excess]
+        for work in idle:
+            work.spilled = True
+        return [work.needs.request for work in idle]
+
+    def backlog_seconds(self) -> float:
+        """Seconds of work that is accepted and not yet done, at the batch sizes it would really use."""
+        return backlog_seconds(self._works.values(), self._costs, self._limits.max_batch_rows)
+
+    def _in_order(self, now: float) -> list[Standing[Request]]:
+        standings = [Standing.of(work, self._costs, now) for work in self._works.values()]
+        ordered = in_order(standings, self._shares, self._shared_pass())
+        overdue = [standing for standing in ordered if standing.is_overdue]
+        if not overdue:
+            self._overdue_credit = 0.0
+            return ordered
+        oldest = min(overdue, key=lambda standing: standing.due)
+        if self._overdue_credit < oldest.step_seconds:
+            return ordered
+        self._overdue_credit = 0.0
+        return [oldest, *(standing for standing in ordered if standing is not oldest)]
+
+    def _shared_pass(self) -> dict[Hashable, float]:
+        """Seconds of the best pass that the requests there could fill, by batch key."""
+        rows: dict[Hashable, int] = {}
+        for work in self._works.values():
+            rows[work.needs.batch_key] = rows.get(work.needs.batch_key, 0) + work.needs.rows
+        return {key: self._best_pass(key, min(most, self._limits.max_batch_rows)) for key, most in rows.items()}
+
+    def _best_pass(self, key: Hashable, most: int) -> float:
+        return self._costs.seconds(key, self._merging.best_rows(key, range(1, most + 1)))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from safelight.v1 import denoiser_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.executor import DeviceExecutor
 from services.common.manifest import load_manifest
 from services.common.server import Service
 from services.common.stage import Surroundings, stage_mounts
+from services.denoiser.checkpoints import CheckpointWriter
+from services.denoiser.cost_curve import StepCosts
 from services.denoiser.denoising import Denoising
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
+from services.denoiser.load import report_load
 from services.denoiser.loop import DenoiseLoop
+from services.denoiser.preparation import Preparation
 from services.denoiser.registry import LOADERS, Denoiser
-from services.denoiser.scheduler import StepScheduler
+from services.denoiser.scheduler import SchedulerLimits, StepScheduler
 from services.denoiser.servicer import DenoiserServicer
-from services.denoiser.settings import DenoiserSettings
+from services.denoiser.settings import DenoiserSettings, parse_tenant_weights
+from services.denoiser.warm_up import warm_up
 from services.modeling.components import configure_torch
 from services.modeling.loading import load_models
 
@@ -25,33 +32,54 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
 
     Raises:
         CheckpointError: a model's weights can't be loaded.
+        SettingsError: a tenant's weight can't be read.
     """
     device = configure_torch(settings.device, settings.threads)
     entries = load_manifest(settings.manifest)
     engine = DenoiserEngine(load_models(entries, LOADERS, device), settings.batch_cfg)
     models = {name: _describe(name, model, settings) for name, model in engine.models.items()}
     executor = DeviceExecutor("denoiser")
-    scheduler = StepScheduler[DenoiseJob](settings.max_running, settings.max_batch_rows, settings.queue_capacity)
+    limits = SchedulerLimits(settings.max_running, settings.max_batch_rows, settings.queue_capacity)
+    costs = StepCosts()
+    scheduler = StepScheduler[DenoiseJob](limits, costs, parse_tenant_weights(settings.tenant_weights))
     loop = DenoiseLoop(engine, scheduler, executor, surroundings.metrics)
-    denoising = Denoising(
-        engine, loop, executor, surroundings.reader(settings), surroundings.store, surroundings.metrics, models
-    )
-    servicer = DenoiserServicer(denoising)
+    reader, store = surroundings.reader(settings), surroundings.store
+    checkpoints = CheckpointWriter(store, surroundings.metrics)
+    preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id)
+    denoising = Denoising(engine, loop, preparation, checkpoints, reader, store, surroundings.metrics, models)
+    servicer = DenoiserServicer(denoising, settings.heartbeat_seconds)
 
     async def start(address: str) -> None:
-        surroundings.store.advertise(address)
+        surroundings.advertise(address)
+        if settings.warm_up_steps > 0:
+            await executor.run(lambda: _warm_up(engine, models, costs, settings))
         loop.start()
 
     async def close() -> None:
         await loop.close()
         executor.close()
-        await surroundings.channels.close()
+        await surroundings.close()
 
-    mounts = stage_mounts(surroundings.store, list(models.values()))
+    mounts = stage_mounts(
+        store, list(models.values()), lambda: report_load(scheduler, costs, settings.queue_capacity, loop.draining)
+    )
     mounts["safelight.v1.DenoiserService"] = lambda server: (
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
     )
-    return Service("denoiser", mounts, tuple(models), start, close)
+    return Service("denoiser", mounts, tuple(models), start, close, drain=loop.drain, until_fetched=store.until_empty)
+
+
+def _warm_up(
+    engine: DenoiserEngine, models: Mapping[str, ModelDescription], costs: StepCosts, settings: DenoiserSettings
+) -> None:
+    warm_up(
+        engine,
+        models,
+        costs,
+        steps=settings.warm_up_steps,
+        seconds=settings.warm_up_seconds,
+        max_rows=settings.max_batch_rows,
+    )
 
 
 def _describe(name: str, model: Denoiser, settings: DenoiserSettings) -> ModelDescription:

@@ -1,4 +1,4 @@
-"""DenoiserService: unpack, call, pack."""
+"""DenoiserService: unpack, call, number the events."""
 
 from __future__ import annotations
 
@@ -8,30 +8,22 @@ from contextlib import aclosing
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1 import denoiser_service_pb2_grpc as pb_grpc
 from services.common.request_context import Context
-from services.denoiser.denoising import Denoising, Finished, Queued
-from services.denoiser.job import StepDone
+from services.denoiser.denoising import Denoising
+from services.denoiser.heartbeat import with_heartbeats
 
 
 class DenoiserServicer(pb_grpc.DenoiserServiceServicer):
-    """Streams what happens to a request."""
+    """Streams what happens to a request, with a heartbeat wherever nothing does for `heartbeat_seconds`."""
 
-    def __init__(self, denoising: Denoising) -> None:
+    def __init__(self, denoising: Denoising, heartbeat_seconds: float) -> None:
         self._denoising = denoising
+        self._heartbeat_seconds = heartbeat_seconds
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> AsyncIterator[pb.DenoiseResponse]:
         sequence = 0
-        async with aclosing(self._denoising.run(request)) as events:
+        happenings = self._denoising.run(request, context.time_remaining())
+        async with aclosing(with_heartbeats(happenings, self._heartbeat_seconds)) as events:
             async for event in events:
                 sequence += 1
-                yield _to_response(event, sequence)
-
-
-def _to_response(event: Queued | StepDone | Finished, sequence: int) -> pb.DenoiseResponse:
-    if isinstance(event, Queued):
-        return pb.DenoiseResponse(sequence=sequence, queued=pb.DenoiseQueued(position=event.position))
-    if isinstance(event, Finished):
-        return pb.DenoiseResponse(sequence=sequence, result=event.result)
-    progress = pb.DenoiseProgress(
-        step=event.step, steps=event.steps, step_seconds=event.seconds, batch_size=event.batch_size
-    )
-    return pb.DenoiseResponse(sequence=sequence, progress=progress)
+                event.sequence = sequence
+                yield event

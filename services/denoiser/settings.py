@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from services.common.settings import StageSettings, setting
+from services.common.settings import SettingsError, StageSettings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +21,30 @@ class DenoiserSettings(StageSettings):
     batch_cfg: bool = setting(True, "Run the prompt's and the negative prompt's rows in one forward pass.")
     max_latent_area: int = setting(65536, "Most latent elements of a plane; 65536 is 2048x2048 pixels at f=8.")
     max_steps: int = setting(1000, "Most steps of a request.")
+    tenant_weights: tuple[str, ...] = setting((), "Tenants' shares under load, as name=weight; the others weigh 1.")
+    heartbeat_seconds: float = setting(0.5, "Longest silence of a stream: a heartbeat ends it.")
+    warm_up_steps: int = setting(3, "Steps measured at start-up for each batch size, for the cost curve; 0: none.")
+    warm_up_seconds: float = setting(1.0, "Longest time for that, of all models.")
+
+
+def parse_tenant_weights(entries: Iterable[str]) -> dict[str, float]:
+    """Weights by tenant of entries such as "alice=2".
+
+    Raises:
+        SettingsError: an entry has no name, or no number above 0.
+    """
+    weights = {}
+    for entry in entries:
+        name, _, text = entry.rpartition("=")
+        weight = _number(text)
+        if not name or not 0 < weight < math.inf:
+            raise SettingsError(f"tenant_weights: {entry!r} is not name=weight with a weight above 0, e.g. alice=2")
+        weights[name] = weight
+    return weights
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,35 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from safelight.errors import FieldViolation, InvalidRequestError
+from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
-from services.common.validation import check_range, check_seed, refuse_unserved
+from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8
+from services.common.fingerprints import check_conditioning_fingerprints, check_own_fingerprint
+from services.common.validation import check_determinism, check_range, check_seed, refuse_unserved
 
 _MIN_EXTENT = 1
-_UNSERVED = ("adapters", "initial_latents", "strength", "mask", "preview", "checkpoints", "resume_from")
+_MAX_GUIDANCE_SCALE = 100
+_UNSERVED = ("adapters", "initial_latents", "strength", "mask")
 
 
 def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> None:
     """Check a request against its model.
 
     Raises:
-        UnsupportedError: a field is set that this release does not serve.
+        UnsupportedError: a field is set that this release, or this model, does not serve.
         InvalidRequestError: fields are out of range; every one is named.
+        FingerprintMismatchError: it was planned with other weights, or its conditioning was made by others.
     """
     refuse_unserved(request, _UNSERVED, request.model)
+    if request.preview.every_steps > 0 and not model.previews:
+        raise UnsupportedError(
+            f"preview: model {request.model!r} has no map from latents to colours: make one with "
+            "examples/fit_latent_preview.py, or leave it out",
+            field="preview",
+        )
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
+    check_own_fingerprint(request.context, "denoiser", model.fingerprint)
+    check_conditioning_fingerprints(request.context, request.conditioning, "conditioning")
+    check_conditioning_fingerprints(request.context, request.negative_conditioning, "negative_conditioning")
 
 
 def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Iterator[FieldViolation]:
     yield from check_seed("seed", request.seed)
     yield from check_range("sampling.steps", request.sampling.steps, 0, model.max_steps)
+    yield from check_range("guidance.scale", request.guidance.scale, 0, _MAX_GUIDANCE_SCALE)
+    yield from check_range("context.priority", request.context.priority, -100, 100)
+    yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.max_steps)
+    yield from check_range("checkpoints.every_steps", request.checkpoints.every_steps, 0, model.max_steps)
+    yield from check_determinism(request.determinism)
     yield from _shape_violations(list(request.latent_shape), model)
     if not request.conditioning.tensors:
         yield FieldViolation("conditioning", "has no tensors; run the encoder first")
     if request.guidance.scale > 1 and not request.negative_conditioning.tensors:
         yield FieldViolation("negative_conditioning", "is needed for a guidance scale above 1; encode the empty prompt")
+    if request.HasField("resume_from"):
+        yield from _resume_violations(request, request.sampling.steps or model.default_steps)
 
 
 def _shape_violations(shape: list[int], model: DenoiserDescription) -> Iterator[FieldViolation]:
@@ -42,3 +62,10 @@ def _shape_violations(shape: list[int], model: DenoiserDescription) -> Iterator[
         yield FieldViolation(
             "latent_shape", f"{shape[1]}x{shape[2]} is more than the {model.max_latent_area} elements allowed"
         )
+
+
+def _resume_violations(request: pb.DenoiseRequest, steps: int) -> Iterator[FieldViolation]:
+    """What can be told of a checkpoint without its bytes."""
+    yield from check_range("resume_from.step", request.resume_from.step, 0, steps - 1)
+    if request.resume_from.sampler_state.header.dtype != DATA_TYPE_UINT8:
+        yield FieldViolation("resume_from.sampler_state", "must be a checkpoint's, of bytes; leave resume_from out")

@@ -13,6 +13,7 @@ from safelight.v1 import encoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import Conditioning, NamedTensor
 from safelight.v1.work_pb2 import StageTiming
+from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher
 from services.common.exchange import TensorStore
 from services.common.executor import DeviceExecutor
@@ -76,7 +77,7 @@ class Encoding:
         tokenized = await self.executor.run(lambda: [encoder.tokenize(prompt) for prompt in request.prompts])
         jobs = [PromptJob(request.model, prompt, clip_skip) for prompt in tokenized]
         encoded = await asyncio.gather(*map(self._encode_prompt, jobs))
-        prompts = [self._pack(job, result) for job, result in zip(jobs, encoded, strict=True)]
+        prompts = [await self._pack(job, result) for job, result in zip(jobs, encoded, strict=True)]
         return pb.EncodeResponse(prompts=prompts, timing=self._timing(request.model, encoded))
 
     async def _encode_prompt(self, job: PromptJob) -> _Encoded:
@@ -86,17 +87,19 @@ class Encoding:
             self.metrics.cache_hits.labels(_CACHE).inc()
             return _Encoded(cached, True, 0.0, 0.0)
         self.metrics.cache_misses.labels(_CACHE).inc()
-        tensors, queued, computed = await self.batcher.submit(job, (job.model, job.clip_skip))
+        tensors, queued, computed = await self.batcher.submit(job, WorkKind(job.model), job.clip_skip)
         self.cache.put(key, tensors)
         self.metrics.cache_bytes.labels(_CACHE).set(self.cache.bytes)
         return _Encoded(tensors, False, queued, computed)
 
-    def _pack(self, job: PromptJob, encoded: _Encoded) -> pb.EncodedPrompt:
+    async def _pack(self, job: PromptJob, encoded: _Encoded) -> pb.EncodedPrompt:
         fingerprint = self.encoders[job.model].fingerprint
         tensors = [
             NamedTensor(
                 name=name,
-                tensor=self.store.put(make_header(tensor, _LAYOUTS[tensor.ndim], fingerprint), TorchPayload(tensor)),
+                tensor=await self.store.put(
+                    make_header(tensor, _LAYOUTS[tensor.ndim], fingerprint), TorchPayload(tensor)
+                ),
             )
             for name, tensor in encoded.tensors.items()
         ]

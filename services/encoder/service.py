@@ -42,14 +42,15 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
     )
 
     async def start(address: str) -> None:
-        surroundings.store.advertise(address)
+        surroundings.advertise(address)
         batcher.start()
 
     async def close() -> None:
         await batcher.close()
         executor.close()
+        await surroundings.close()
 
-    mounts = stage_mounts(surroundings.store, list(models.values()))
+    mounts = stage_mounts(surroundings.store, list(models.values()), batcher.load)
     mounts["safelight.v1.EncoderService"] = lambda server: (
         encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gateway.service import build_gateway
 from gateway.settings import GatewaySettings
-from safelight import AsyncClient
+from safelight import AsyncClient, RetryPolicy
 from services.common.metrics import Metrics
 from services.common.server import Server, Service
 from services.common.settings import StageSettings
@@ -55,7 +55,9 @@ class Cluster:
 
     async def restart_denoiser(self, stopped: Server, manifest: str) -> Server:
         """A new denoiser at the address of one that was stopped."""
-        settings = DenoiserSettings(listen=stopped.address, manifest=manifest, device="cpu", drain_seconds=0.0)
+        settings = DenoiserSettings(
+            listen=stopped.address, manifest=manifest, device="cpu", drain_seconds=0.0, warm_up_steps=0
+        )
         return await _start(settings, build_denoiser)
 
     def total(self, metric: str, **labels: str) -> float:
@@ -88,11 +90,12 @@ async def run_cluster(
         for _ in range(encoders):
             cluster.encoders.append(await _start(EncoderSettings(**shared), build_encoder))
         for _ in range(denoisers):
-            cluster.denoisers.append(await _start(DenoiserSettings(**shared, **(denoiser or {})), build_denoiser))
+            settings = shared | {"warm_up_steps": 0} | (denoiser or {})
+            cluster.denoisers.append(await _start(DenoiserSettings(**settings), build_denoiser))
         for _ in range(decoders):
             cluster.decoders.append(await _start(DecoderSettings(**shared, **(decoder or {})), build_decoder))
         cluster.gateway = await _start_gateway(cluster, gateway or {})
-        cluster.client = AsyncClient(cluster.gateway.address)
+        cluster.client = AsyncClient(cluster.gateway.address, retry=RetryPolicy.none)
         yield cluster
     finally:
         if cluster.client is not None:

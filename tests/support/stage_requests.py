@@ -8,7 +8,13 @@ from torch import Tensor
 from safelight.v1.decoder_service_pb2 import DecodeRequest
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.tensor_pb2 import Conditioning, NamedTensor, TensorRef
-from safelight.v1.work_pb2 import GuidanceOptions, SamplingOptions
+from safelight.v1.work_pb2 import (
+    DETERMINISM_CLASS_EXACT,
+    Checkpoint,
+    CheckpointOptions,
+    GuidanceOptions,
+    SamplingOptions,
+)
 from services.modeling.wire import TorchPayload, make_header
 from tests.support.tiny_sd15 import WIDTH
 
@@ -35,6 +41,30 @@ def denoise_request(*, seed: int = 0, steps: int = 4, scale: float = 5.0, sample
         guidance=GuidanceOptions(scale=scale),
         seed=seed,
     )
+
+
+def exact(request: DenoiseRequest) -> DenoiseRequest:
+    """The request in the exact class."""
+    changed = DenoiseRequest()
+    changed.CopyFrom(request)
+    changed.determinism = DETERMINISM_CLASS_EXACT
+    return changed
+
+
+def with_checkpoints(request: DenoiseRequest, every_steps: int) -> DenoiseRequest:
+    """The request, to be answered with checkpoints; 0: as often as the denoiser finds right."""
+    changed = DenoiseRequest()
+    changed.CopyFrom(request)
+    changed.checkpoints.CopyFrom(CheckpointOptions(every_steps=every_steps))
+    return changed
+
+
+def resumed(request: DenoiseRequest, checkpoint: Checkpoint) -> DenoiseRequest:
+    """The request, to be gone on with from a checkpoint."""
+    changed = DenoiseRequest()
+    changed.CopyFrom(request)
+    changed.resume_from.CopyFrom(checkpoint)
+    return changed
 
 
 def decode_request(latents: Tensor) -> DecodeRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
+from services.denoiser.previews import FILE_NAME, LatentPreviewMap, load_preview_map
 from services.denoiser.sampling.noise_schedule import NoiseSchedule
 from services.denoiser.sampling.sampler import SAMPLERS
 from services.denoiser.sampling.schedules import SCHEDULES
@@ -20,6 +22,7 @@ from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
 _LATENT_SIZE_OF_SINGLE_FILES = 64
+_USUAL_TOKENS = 77
 
 
 class SD15Denoiser:
@@ -31,16 +34,27 @@ class SD15Denoiser:
         fingerprint: of its weights.
         sample_size: default width and height in latent elements.
         defaults: of requests.
+        tokens: length of the prompts' embeddings.
+        preview_map: from latents to colours; None: no previews.
     """
 
     def __init__(
-        self, unet: SDUNet, noise_schedule: NoiseSchedule, fingerprint: str, sample_size: int, defaults: Defaults
+        self,
+        unet: SDUNet,
+        noise_schedule: NoiseSchedule,
+        fingerprint: str,
+        sample_size: int,
+        defaults: Defaults,
+        tokens: int,
+        preview_map: LatentPreviewMap | None,
     ) -> None:
         self._unet = unet
         self.noise_schedule = noise_schedule
         self.fingerprint = fingerprint
         self._sample_size = sample_size
         self._defaults = defaults
+        self._tokens = tokens
+        self.preview_map = preview_map
         parameter = next(unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
@@ -57,7 +71,16 @@ class SD15Denoiser:
         scheduler_config = read_json(entry.paths[0] / "scheduler" / "scheduler_config.json")
         noise_schedule = _noise_schedule(scheduler_config) if scheduler_config else NoiseSchedule()
         sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
-        return cls(unet, noise_schedule, source.checkpoint.fingerprint, sample_size, entry.defaults)
+        text_config = read_json(entry.paths[0] / "text_encoder" / "config.json") or {}
+        return cls(
+            unet,
+            noise_schedule,
+            source.checkpoint.fingerprint,
+            sample_size,
+            entry.defaults,
+            tokens=int(text_config.get("max_position_embeddings", _USUAL_TOKENS)),
+            preview_map=_preview_map(entry, unet.params.in_channels),
+        )
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -72,8 +95,13 @@ class SD15Denoiser:
             default_latent_width=self._sample_size,
             default_latent_height=self._sample_size,
             dtype=DATA_TYPES[self.dtype],
+            previews=self.preview_map is not None,
         )
         return ModelDescription(name=name, family="sd15", denoiser=denoiser)
+
+    def example_conditioning(self) -> Mapping[str, Tensor]:
+        """`prompt_embeds` of the usual length."""
+        return {PROMPT_EMBEDS: torch.zeros(1, self._tokens, self._unet.params.cross_attention_dim)}
 
     def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> ContextKV:
         """The prompt's cross-attention keys and values, computed once a request.
@@ -93,15 +121,30 @@ class SD15Denoiser:
                 f"{field}.{PROMPT_EMBEDS}",
                 f"must be a tensor of shape [1, tokens, {width}], is {found}: use this model's own encoder",
             )
-        return self._unet.project_context(embeds.to(self.device, self.dtype))
+        # A copy, in memory that torch has aligned: the rounding of some matrix products follows the alignment.
+        return self._unet.project_context(embeds.to(self.device, self.dtype, copy=True))
 
     def batch_key(self, prepared: ContextKV) -> int:
         """Tokens of the conditioning: rows of one length can share a forward pass."""
         return prepared.shape[1]
 
+    def move(self, prepared: ContextKV, device: torch.device) -> ContextKV:
+        """The keys and values on another device."""
+        return prepared.to(device)
+
     def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[ContextKV]) -> Tensor:
         """Epsilon of each row: latents [B, C, H, W] scaled to unit variance, timesteps [B]."""
         return self._unet(latents.to(self.dtype), timesteps, stack_context(rows))
+
+
+def _preview_map(entry: ModelEntry, latent_channels: int) -> LatentPreviewMap | None:
+    """The map that the manifest names, or the one in the model's folder."""
+    if not entry.latent_preview:
+        return load_preview_map(entry.paths[0] / FILE_NAME, latent_channels)
+    named = load_preview_map(Path(entry.latent_preview), latent_channels)
+    if named is None:
+        raise CheckpointError(f"model {entry.name!r}: {entry.latent_preview} does not exist: correct latent_preview")
+    return named
 
 
 def _noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:

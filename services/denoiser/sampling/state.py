@@ -26,6 +26,17 @@ class SamplerState:
     noise_draws: int
 
 
+def state_size(state: SamplerState) -> int:
+    """Bytes of the state's tensors."""
+    return sum(tensor.nbytes for tensor in (state.latents, *state.history))
+
+
+def state_on(state: SamplerState, device: torch.device) -> SamplerState:
+    """The state with its tensors on a device; those that lie there already are not copied."""
+    history = tuple(tensor.to(device) for tensor in state.history)
+    return SamplerState(state.latents.to(device), state.step_index, history, state.noise_draws)
+
+
 def state_to_bytes(state: SamplerState) -> bytes:
     """The state as a safetensors file, exact to the bit, from any device."""
     tensors = {
@@ -41,9 +52,11 @@ def state_from_bytes(data: bytes, device: torch.device | str = "cpu") -> Sampler
     """The inverse of `state_to_bytes`, with its tensors on `device`; raises ValueError for other bytes."""
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
-        latents = tensors.pop("latents").to(device)
-        step_index, noise_draws = tensors.pop("position").tolist()
+        latents, position = tensors.pop("latents").to(device), tensors.pop("position")
+        if position.dtype != torch.int64:
+            raise ValueError(f"position is {position.dtype}")
+        step_index, noise_draws = position.tolist()
         history = tuple(tensors[f"history.{i}"].to(device) for i in range(len(tensors)))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError("these bytes are not a serialised sampler state") from error
     return SamplerState(latents, step_index, history, noise_draws)

@@ -4,81 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
 import pytest
 import torch
-from torch import Tensor
 
-from safelight.errors import InvalidRequestError, NonFiniteError, OverloadedError, TensorCorruptError, from_rpc_error
-from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
-from safelight.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
-from services.common.exchange import BytesPayload
-from services.common.server import Server
-from services.denoiser.service import build_denoiser
-from services.denoiser.settings import DenoiserSettings
-from services.modeling.wire import to_tensor
-from tests.serving import StartStage
+from safelight.errors import (
+    DeadlineExceededError,
+    FingerprintMismatchError,
+    InvalidRequestError,
+    NonFiniteError,
+    OverloadedError,
+    TensorCorruptError,
+    UnsupportedError,
+)
+from safelight.v1.denoiser_service_pb2 import DenoiseRequest
+from tests.support.running_denoiser import StartDenoiser, kinds, relative_error
 from tests.support.stage_requests import conditioning, denoise_request, inline
 
 
-class Denoiser:
-    """A running denoiser, and calls to it."""
-
-    def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
-        self.server = server
-        self.stub = DenoiserServiceStub(channel)
-
-    async def events(self, request: DenoiseRequest) -> list[DenoiseResponse]:
-        return [event async for event in self.stub.Denoise(request, timeout=60)]
-
-    async def latents(self, request: DenoiseRequest) -> Tensor:
-        ref = (await self.events(request))[-1].result.latents
-        return to_tensor(ref.header, BytesPayload(ref.inline))
-
-    async def failure(self, request: DenoiseRequest) -> Exception:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await self.events(request)
-        return from_rpc_error(caught.value)
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.server.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
-Start = Callable[..., Awaitable[Denoiser]]
-
-
-@pytest.fixture
-def start(start_stage: StartStage, tiny_manifest: str) -> Start:
-    async def start_denoiser(**settings: Any) -> Denoiser:
-        running = await start_stage(DenoiserSettings(manifest=tiny_manifest, device="cpu", **settings), build_denoiser)
-        return Denoiser(running.server, running.channel)
-
-    return start_denoiser
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
-async def test_a_request_streams_its_place_every_step_and_the_latent(start: Start) -> None:
+async def test_a_request_streams_its_place_every_step_and_the_latent(start: StartDenoiser) -> None:
     events = await (await start()).events(denoise_request(steps=3))
-    kinds = [event.WhichOneof("event") for event in events]
-    assert kinds == ["queued", "progress", "progress", "progress", "result"]
-    assert [event.sequence for event in events] == [1, 2, 3, 4, 5]
-    assert events[-1].result.steps_run == 3
+    assert kinds(events) == ["queued", "progress", "progress", "progress", "result"]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    result = events[-1].result
+    assert (result.steps_run, result.timing.steps, result.timing.received_bytes) == (3, 3, 0)
 
 
-async def test_the_same_request_gives_the_same_bits(start: Start) -> None:
+async def test_the_same_request_gives_the_same_bits(start: StartDenoiser) -> None:
     denoiser = await start()
     first, second = [await denoiser.latents(denoise_request(seed=5)) for _ in range(2)]
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("batch_cfg", [True, False])
-async def test_mixed_requests_share_batches_and_equal_their_solo_runs(start: Start, batch_cfg: bool) -> None:
+async def test_mixed_requests_share_batches_and_equal_their_solo_runs(start: StartDenoiser, batch_cfg: bool) -> None:
     denoiser = await start(batch_cfg=batch_cfg)
     mix = [("euler", 4, 5.0), ("euler_ancestral", 7, 3.0), ("ddim", 5, 1.0), ("dpmpp_2m", 9, 7.5)]
     requests = [
@@ -94,37 +54,47 @@ async def test_mixed_requests_share_batches_and_equal_their_solo_runs(start: Sta
     assert batches_together < batches_alone
 
 
-async def test_without_batched_cfg_the_latent_is_the_same(start: Start) -> None:
+async def test_without_batched_cfg_the_latent_is_the_same(start: StartDenoiser) -> None:
     batched, in_turn = await start(batch_cfg=True), await start(batch_cfg=False)
     request = denoise_request(seed=3, steps=6)
     assert relative_error(await batched.latents(request), await in_turn.latents(request)) < 1e-4
 
 
-async def test_a_cancelled_request_stops_within_one_step(start: Start) -> None:
+async def test_no_further_step_is_computed_for_a_cancelled_request(start: StartDenoiser) -> None:
     denoiser = await start()
     call = denoiser.stub.Denoise(denoise_request(steps=1000))
     async for event in call:
         if event.progress.step == 3:
             call.cancel()
             break
-    while denoiser.metric("safelight_running", stage="denoiser"):  # noqa: ASYNC110  only the metric tells
-        await asyncio.sleep(0.001)
-    steps_when_gone = denoiser.metric("safelight_denoise_steps_total", model="tiny")
+    await denoiser.until_idle()
+    useful = denoiser.steps("useful")
     await denoiser.latents(denoise_request(steps=2))
-    # The step that was running when the call was cancelled may end; no other is computed for it.
-    assert denoiser.metric("safelight_denoise_steps_total", model="tiny") <= steps_when_gone + 1 + 2 < 100
+    # The step that was running when the call was cancelled may end; it is told as wasted, and is the only one.
+    assert denoiser.steps("wasted") <= 1
+    assert denoiser.steps("useful") == useful + 2 < 1000
 
 
-async def test_a_deadline_in_the_request_stops_it_before_its_last_step(start: Start) -> None:
+async def test_no_further_step_is_computed_for_a_request_whose_deadline_has_passed(start: StartDenoiser) -> None:
     denoiser = await start()
     request = denoise_request(steps=1000)
     request.context.deadline.FromNanoseconds(int((time.time() + 0.2) * 1e9))
-    error = await denoiser.failure(request)
-    assert type(error).__name__ == "DeadlineExceededError"
-    assert 0 < denoiser.metric("safelight_denoise_steps_total", model="tiny") < 1000
+    assert type(await denoiser.failure(request)) is DeadlineExceededError
+    useful = denoiser.steps("useful")
+    await denoiser.latents(denoise_request(steps=2))
+    assert denoiser.steps("wasted") <= 1
+    assert 0 < denoiser.steps("useful") == useful + 2 < 1000
 
 
-async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(start: Start) -> None:
+async def test_a_request_that_comes_too_late_gets_no_step(start: StartDenoiser) -> None:
+    denoiser = await start()
+    request = denoise_request(steps=2)
+    request.context.deadline.FromNanoseconds(int((time.time() - 1) * 1e9))
+    assert type(await denoiser.failure(request)) is DeadlineExceededError
+    assert denoiser.steps() == 0
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(start: StartDenoiser) -> None:
     denoiser = await start(max_running=1, queue_capacity=1)
     calls = [denoiser.stub.Denoise(denoise_request(steps=1000)) for _ in range(2)]
     for call in calls:
@@ -179,6 +149,39 @@ def negative_seed(request: DenoiseRequest) -> None:
     request.seed = -1
 
 
+def negative_preview(request: DenoiseRequest) -> None:
+    request.preview.every_steps = -1
+
+
+def preview_without_a_map(request: DenoiseRequest) -> None:
+    request.preview.every_steps = 2
+
+
+def negative_checkpoints(request: DenoiseRequest) -> None:
+    request.checkpoints.every_steps = -1
+
+
+def unknown_class(request: DenoiseRequest) -> None:
+    request.determinism = 99  # type: ignore[assignment]  # as a client of a later release might send
+
+
+def priority_too_high(request: DenoiseRequest) -> None:
+    request.context.priority = 101
+
+
+def infinite_guidance(request: DenoiseRequest) -> None:
+    request.guidance.scale = float("inf")
+
+
+def planned_with_other_weights(request: DenoiseRequest) -> None:
+    request.context.fingerprints["denoiser"] = "another"
+
+
+def conditioning_of_another_encoder(request: DenoiseRequest) -> None:
+    request.context.fingerprints["encoder"] = "ours"
+    request.conditioning.tensors[0].tensor.header.fingerprint = "another"
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind", "field"),
     [
@@ -192,10 +195,18 @@ def negative_seed(request: DenoiseRequest) -> None:
         (negative_steps, InvalidRequestError, "sampling.steps"),
         (no_channels, InvalidRequestError, "latent_shape"),
         (negative_seed, InvalidRequestError, "seed"),
+        (negative_preview, InvalidRequestError, "preview.every_steps"),
+        (preview_without_a_map, UnsupportedError, "fit_latent_preview.py"),
+        (negative_checkpoints, InvalidRequestError, "checkpoints.every_steps"),
+        (unknown_class, InvalidRequestError, "determinism"),
+        (priority_too_high, InvalidRequestError, "context.priority"),
+        (infinite_guidance, InvalidRequestError, "guidance.scale"),
+        (planned_with_other_weights, FingerprintMismatchError, "context.fingerprints[denoiser]"),
+        (conditioning_of_another_encoder, FingerprintMismatchError, "conditioning.prompt_embeds"),
     ],
 )
 async def test_bad_input_is_refused_by_name_and_the_service_goes_on(
-    start: Start, spoil: Any, kind: type[Exception], field: str
+    start: StartDenoiser, spoil: Any, kind: type[Exception], field: str
 ) -> None:
     denoiser = await start()
     request = denoise_request()

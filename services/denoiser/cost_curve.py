@@ -1,0 +1,82 @@
+"""What a step costs: seconds of a forward pass by its rows, learnt for each batch key while serving. Pure, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+# A pass that hiccuped, or the first of a new size, is outvoted; a curve that has changed is unlearnt in three passes.
+_WINDOW = 5
+TRUSTED_SAMPLES = 3
+# Seconds a row until the key's first pass has been measured.
+_UNMEASURED_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A measured point: the seconds that a forward pass of so many rows takes."""
+
+    batch_key: Hashable
+    rows: int
+    seconds: float
+
+
+@dataclass
+class _Curve:
+    """One key's measurements; `sizes` are sorted, and each has its median in `medians`."""
+
+    samples: dict[int, deque[float]] = field(default_factory=dict)
+    medians: dict[int, float] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+
+    def record(self, rows: int, seconds: float) -> None:
+        if rows not in self.samples:
+            self.samples[rows] = deque(maxlen=_WINDOW)
+            self.sizes = sorted(self.samples)
+        self.samples[rows].append(seconds)
+        self.medians[rows] = statistics.median(self.samples[rows])
+
+    def seconds(self, rows: int) -> float:
+        if rows in self.medians:
+            return self.medians[rows]
+        above = bisect(self.sizes, rows)
+        if above in (0, len(self.sizes)):
+            nearest = self.sizes[max(above - 1, 0)]
+            return self.medians[nearest] * rows / nearest
+        low, high = self.sizes[above - 1], self.sizes[above]
+        share = (rows - low) / (high - low)
+        return self.medians[low] + share * (self.medians[high] - self.medians[low])
+
+
+class StepCosts:
+    """Seconds of forward passes, measured and estimated."""
+
+    def __init__(self) -> None:
+        self._curves: dict[Hashable, _Curve] = {}
+
+    def record(self, batch_key: Hashable, rows: int, seconds: float) -> None:
+        """Learn from a pass of so many rows."""
+        self._curves.setdefault(batch_key, _Curve()).record(rows, seconds)
+
+    def seconds(self, batch_key: Hashable, rows: int) -> float:
+        """Seconds of a pass: the median of the last ones of its size, or an estimate.
+
+        Between two measured sizes it is interpolated; outside them a row is taken to cost what it costs at the nearest
+        measured size, so that no estimate promises more than what has been seen.
+        """
+        curve = self._curves.get(batch_key)
+        return _UNMEASURED_SECONDS * rows if curve is None else curve.seconds(rows)
+
+    def trusted_rows(self, batch_key: Hashable) -> int:
+        """Rows of the largest size measured often enough to outvote an outlier; 0 where there is none."""
+        curve = self._curves.get(batch_key, _Curve())
+        return max((rows for rows, samples in curve.samples.items() if len(samples) >= TRUSTED_SAMPLES), default=0)
+
+    def points(self) -> list[CostPoint]:
+        """Everything measured so far."""
+        return [
+            CostPoint(key, rows, curve.medians[rows]) for key, curve in self._curves.items() for rows in curve.sizes
+        ]

@@ -1,0 +1,207 @@
+"""Which requests share the next forward pass: as many rows as pay, as few as the deadlines ask. Pure.
+
+A merge pays when the cost curve says that the pass does more rows a second. Of the sizes that lose the fewest deadlines
+the one with the best throughput is taken, the smaller where the gain is not worth mentioning: on a device whose step
+time grows with the rows, requests run one after the other.
+
+Sizes that were never tried are: a larger one than any known as soon as there are rows for it, at most twice as large,
+since an estimate promises no gain; the others now and then, since a curve can change.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic
+
+from services.denoiser.cost_curve import StepCosts
+from services.denoiser.step_order import Standing
+from services.denoiser.step_work import Request, StepWork
+
+# A larger pass must do so many times the rows a second.
+_WORTHWHILE = 1.03
+# Share of a key's time that may go into sizes that are not the best, to learn what they cost by now.
+_TRIAL_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class ForwardPass(Generic[Request]):
+    """Requests that take their next step together.
+
+    Args:
+        batch: the requests.
+        is_trial: its size is not the one thought best.
+    """
+
+    batch: tuple[StepWork[Request], ...]
+    is_trial: bool = False
+
+    @property
+    def batch_key(self) -> Hashable:
+        return self.batch[0].needs.batch_key
+
+    @property
+    def rows(self) -> int:
+        return sum(work.needs.rows for work in self.batch)
+
+    @property
+    def is_alone(self) -> bool:
+        return self.batch[0].needs.alone
+
+
+@dataclass
+class _Trials:
+    """When each size of a key was last run, in passes of the key, and how much of its time went into trials."""
+
+    passes: int = 0
+    seconds: float = 0.0
+    trial_seconds: float = 0.0
+    last_pass: dict[int, int] = field(default_factory=dict)
+
+    def ran(self, rows: int, seconds: float, is_trial: bool) -> None:
+        self.passes += 1
+        self.last_pass[rows] = self.passes
+        self.seconds += seconds
+        self.trial_seconds += seconds if is_trial else 0.0
+
+    @property
+    def is_due(self) -> bool:
+        return self.trial_seconds < _TRIAL_SHARE * self.seconds
+
+
+class Merging:
+    """Decides which requests share a pass.
+
+    Args:
+        costs: the cost curves; `ran` refines them.
+        max_rows: rows of a pass.
+    """
+
+    def __init__(self, costs: StepCosts, max_rows: int) -> None:
+        self._costs = costs
+        self._max_rows = max_rows
+        self._trials: dict[Hashable, _Trials] = {}
+
+    def best_rows(self, batch_key: Hashable, sizes: Iterable[int]) -> int:
+        """The size with the best throughput, or the smallest that is nearly as good."""
+        rates = {rows: rows / self._costs.seconds(batch_key, rows) for rows in sizes}
+        enough = max(rates.values()) / _WORTHWHILE
+        return min(rows for rows, rate in rates.items() if rate >= enough)
+
+    def form(self, ordered: Sequence[Standing[Request]], now: float) -> ForwardPass[Request]:
+        """The next pass.
+
+        Args:
+            ordered: all requests, the first to be served first; not empty.
+            now: the moment at which they were looked at.
+        """
+        everyone = _fill(ordered, self._max_rows)
+        if len(everyone) == 1:
+            return ForwardPass((ordered[0].work,))
+        outlook = _Outlook(ordered, everyone[0].work.needs.batch_key, self._costs, now)
+        sizes = _sizes(everyone)
+        fewest = min(len(outlook.lost(rows)) for rows in sizes)
+        harmless = [rows for rows in sizes if len(outlook.lost(rows)) == fewest]
+        rows = best = self.best_rows(outlook.batch_key, harmless)
+        if (trial := self._trial(outlook.batch_key, harmless, best)) is not None:
+            rows = trial
+        mates = [each for each in ordered if shares_pass(ordered[0], each)]
+        batch = _fill(sorted(mates, key=lambda each: each.is_hopeless or each.work in outlook.lost(rows)), rows)
+        return ForwardPass(tuple(standing.work for standing in batch), rows != best)
+
+    def ran(self, done: ForwardPass[Request], seconds: float) -> None:
+        """Learn from a pass."""
+        if done.is_alone:
+            self._costs.record(done.batch_key, 1, seconds / done.rows)
+            return
+        self._costs.record(done.batch_key, done.rows, seconds)
+        self._trials.setdefault(done.batch_key, _Trials()).ran(done.rows, seconds, done.is_trial)
+
+    def _trial(self, batch_key: Hashable, sizes: Sequence[int], best: int) -> int | None:
+        """The size to be tried now in place of the best."""
+        trusted = self._costs.trusted_rows(batch_key)
+        reachable = [rows for rows in sizes if rows <= max(2 * trusted, sizes[0])]
+        if reachable and reachable[-1] > trusted:
+            return reachable[-1]
+        trials = self._trials.setdefault(batch_key, _Trials())
+        others = [rows for rows in reachable if rows != best]
+        if not others or not trials.is_due:
+            return None
+        return min(others, key=lambda rows: (trials.last_pass.get(rows, 0), -rows))
+
+
+class _Outlook(Generic[Request]):
+    """What becomes of the deadlines if all passes of a key are of one size."""
+
+    def __init__(self, ordered: Iterable[Standing[Request]], batch_key: Hashable, costs: StepCosts, now: float) -> None:
+        self.batch_key = batch_key
+        self._costs = costs
+        self._now = now
+        promised = [each for each in ordered if each.has_deadline and not each.is_hopeless]
+        self._promised = sorted(promised, key=lambda standing: standing.due)
+        self._lost: dict[int, set[StepWork[Request]]] = {}
+
+    def lost(self, rows: int) -> set[StepWork[Request]]:
+        """The requests that would miss their deadlines if the others are to meet theirs, as few as can be.
+
+        Moore and Hodgson's rule: the work is laid out by deadline at this size's throughput, and where it does not fit,
+        the longest request so far is given up.
+        """
+        if rows not in self._lost:
+            self._lost[rows] = self._give_up(rows)
+        return self._lost[rows]
+
+    def _give_up(self, rows: int) -> set[StepWork[Request]]:
+        row_seconds = self._costs.seconds(self.batch_key, rows) / rows
+        lost: set[StepWork[Request]] = set()
+        kept: list[tuple[float, int, StepWork[Request]]] = []
+        end = self._now
+        for position, standing in enumerate(self._promised):
+            if self._is_too_slow(standing, rows):
+                lost.add(standing.work)
+                continue
+            seconds = standing.work.left * self._step_share(standing, row_seconds)
+            heapq.heappush(kept, (-seconds, position, standing.work))
+            end += seconds
+            if end > standing.due:
+                longest, _, work = heapq.heappop(kept)
+                end += longest
+                lost.add(work)
+        return lost
+
+    def _step_share(self, standing: Standing[Request], row_seconds: float) -> float:
+        return standing.work.needs.rows * row_seconds if self._is_mine(standing) else standing.step_seconds
+
+    def _is_too_slow(self, standing: Standing[Request], rows: int) -> bool:
+        """Whether a request would miss its deadline in passes of this size, though it were in each of them."""
+        pass_seconds = self._costs.seconds(self.batch_key, max(rows, standing.work.needs.rows))
+        return self._is_mine(standing) and standing.pace < pass_seconds
+
+    def _is_mine(self, standing: Standing[Request]) -> bool:
+        return standing.work.needs.batch_key == self.batch_key and not standing.work.needs.alone
+
+
+def shares_pass(one: Standing[Request], other: Standing[Request]) -> bool:
+    """Whether two requests may be in one forward pass."""
+    needs, others = one.work.needs, other.work.needs
+    return needs.batch_key == others.batch_key and not needs.alone and not others.alone
+
+
+def _fill(standings: Sequence[Standing[Request]], max_rows: int) -> list[Standing[Request]]:
+    """The first request, and those after it that can share its pass while rows last."""
+    batch, rows = [standings[0]], standings[0].work.needs.rows
+    for standing in standings[1:]:
+        if rows + standing.work.needs.rows <= max_rows and shares_pass(standings[0], standing):
+            batch.append(standing)
+            rows += standing.work.needs.rows
+    return batch
+
+
+def _sizes(batch: Iterable[Standing[Request]]) -> list[int]:
+    """Rows of the batch's beginnings: of its first request, its first two, and so on."""
+    sizes, rows = [], 0
+    for standing in batch:
+        rows += standing.work.needs.rows
+        sizes.append(rows)
+    return sizes

@@ -1,0 +1,152 @@
+"""From a checked request to a job that can be stepped: conditioning fetched and projected, state begun or resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safelight.errors import InvalidRequestError
+from safelight.v1 import denoiser_service_pb2 as pb
+from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.tensor_pb2 import Conditioning, TensorRef
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, SamplingOptions
+from services.common.exchange import TensorReader
+from services.common.executor import DeviceExecutor
+from services.common.received_bytes import received_bytes
+from services.denoiser.checkpoints import CheckpointCosts, CheckpointPace
+from services.denoiser.engine import DenoiserEngine
+from services.denoiser.guidance import guidance_rows
+from services.denoiser.job import DenoiseJob
+from services.denoiser.resumption import read_checkpoint
+from services.denoiser.sampling.noise import NoiseSource
+from services.denoiser.sampling.planning import plan_sampling
+from services.denoiser.sampling.sampler import SamplingPlan
+from services.denoiser.sampling.state import SamplerState
+from services.modeling.wire import read_tensor
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes jobs of requests.
+
+    Args:
+        engine: projects conditioning and begins states, on the device's thread.
+        executor: that thread.
+        reader: fetches tensors.
+        models: what is served.
+        costs: of checkpoints.
+        exchange_id: of this process's tensors.
+    """
+
+    engine: DenoiserEngine
+    executor: DeviceExecutor
+    reader: TensorReader
+    models: Mapping[str, ModelDescription]
+    costs: CheckpointCosts
+    exchange_id: str
+
+    def plan(self, request: pb.DenoiseRequest) -> SamplingPlan:
+        """Sigmas and timesteps of a request.
+
+        Raises:
+            InvalidRequestError: a name or a parameter is wrong.
+        """
+        sampling: SamplingOptions = request.sampling
+        description = self.models[request.model].denoiser
+        try:
+            return plan_sampling(
+                self.engine.models[request.model].noise_schedule,
+                sampler=sampling.sampler or description.samplers[0],
+                schedule=sampling.schedule or description.schedules[0],
+                steps=sampling.steps or description.default_steps,
+                sampler_parameters=sampling.sampler_parameters,
+                schedule_parameters=sampling.schedule_parameters,
+            )
+        except ValueError as error:
+            raise InvalidRequestError.of("sampling", str(error)) from error
+
+    async def job(self, request: pb.DenoiseRequest, plan: SamplingPlan, deadline: float | None) -> DenoiseJob:
+        """The job of a request that `check_denoise` has passed; deadline: on the clock of `time.monotonic()`.
+
+        Raises:
+            SafelightError: a tensor of the request can't be had, or is not what it must be.
+        """
+        scale = self._guidance_scale(request)
+        positive = await self._condition(request.model, request.conditioning, "conditioning")
+        negative = None
+        if guidance_rows(scale) == 2:
+            negative = await self._condition(request.model, request.negative_conditioning, "negative_conditioning")
+            self._check_alike(request.model, positive, negative)
+        noise = NoiseSource(request.seed, (1, *request.latent_shape))
+        state = await self._state(request, plan, noise)
+        return DenoiseJob(
+            model=request.model,
+            plan=plan,
+            noise=noise,
+            state=state,
+            guidance_scale=scale,
+            positive=positive,
+            negative=negative,
+            deadline=deadline,
+            tenant=request.context.tenant,
+            priority=request.context.priority,
+            exact=request.determinism == DETERMINISM_CLASS_EXACT,
+            checkpoints=self._pace(request, state),
+            preview_every=request.preview.every_steps,
+            received_bytes=received_bytes(_tensors(request, guided=negative is not None), self.exchange_id),
+        )
+
+    async def _state(self, request: pb.DenoiseRequest, plan: SamplingPlan, noise: NoiseSource) -> SamplerState:
+        """Where the request stands: at its checkpoint, or before its first step."""
+        model = request.model
+        if not request.HasField("resume_from"):
+            return await self.executor.run(lambda: self.engine.start(model, plan, noise))
+        fingerprint = self.engine.models[model].fingerprint
+        return await read_checkpoint(self.reader, request.resume_from, plan, request.latent_shape, fingerprint)
+
+    def _pace(self, request: pb.DenoiseRequest, state: SamplerState) -> CheckpointPace | None:
+        if not request.HasField("checkpoints"):
+            return None
+        return CheckpointPace(request.checkpoints.every_steps, self.costs, state.step_index)
+
+    def _check_alike(self, model: str, positive: Any, negative: Any) -> None:
+        batch_key = self.engine.models[model].batch_key
+        if batch_key(positive) != batch_key(negative):
+            raise InvalidRequestError.of(
+                "negative_conditioning", "must have the shape of 'conditioning'; encode both alike"
+            )
+
+    def _guidance_scale(self, request: pb.DenoiseRequest) -> float:
+        if request.guidance.HasField("scale"):
+            return request.guidance.scale
+        return self.models[request.model].denoiser.default_guidance_scale
+
+    async def _condition(self, model: str, conditioning: Conditioning, field: str) -> Any:
+        refs = {named.name: named.tensor for named in conditioning.tensors}
+        tensors = await asyncio.gather(
+            *(read_tensor(self.reader, ref, f"{field}.{name}") for name, ref in refs.items())
+        )
+        named_tensors = dict(zip(refs, tensors, strict=True))
+        return await self.executor.run(lambda: self.engine.prepare(model, named_tensors, field))
+
+
+def work_deadline(request: pb.DenoiseRequest, call_seconds: float | None) -> float | None:
+    """`time.monotonic()` at which the request's own deadline passes, or its call's, whichever is first; None: never.
+
+    call_seconds: time left to the call; None: no limit.
+    """
+    now = time.monotonic()
+    deadlines = [] if call_seconds is None else [now + call_seconds]
+    if request.context.HasField("deadline"):
+        deadlines.append(now + request.context.deadline.ToNanoseconds() / 1e9 - time.time())
+    return min(deadlines, default=None)
+
+
+def _tensors(request: pb.DenoiseRequest, guided: bool) -> list[TensorRef]:
+    """The tensors that a request is prepared from."""
+    prompts = [request.conditioning, *([request.negative_conditioning] if guided else [])]
+    refs = [named.tensor for prompt in prompts for named in prompt.tensors]
+    return refs + ([request.resume_from.sampler_state] if request.HasField("resume_from") else [])

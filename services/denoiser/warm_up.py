@@ -1,0 +1,105 @@
+"""What steps cost before the first request comes: a few are measured at start-up, within a bound of time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
+from services.denoiser.cost_curve import StepCosts
+from services.denoiser.engine import DenoiserEngine
+from services.denoiser.job import DenoiseJob
+from services.denoiser.sampling.noise import NoiseSource
+from services.denoiser.sampling.planning import plan_sampling
+
+_PROBE_SIDE = 8  # the probe's latent is so many times narrower and lower than the usual one
+
+
+def warm_up(
+    engine: DenoiserEngine,
+    models: Mapping[str, ModelDescription],
+    costs: StepCosts,
+    *,
+    steps: int,
+    seconds: float,
+    max_rows: int,
+) -> None:
+    """Measure steps of every model at its default size, in batches of 1, 2, 4, ... rows; runs on the device's thread.
+
+    A model gets an equal part of the time. What would not fit into it is left to be learnt while serving.
+
+    Args:
+        engine: runs the steps.
+        models: what it serves.
+        costs: takes the measurements.
+        steps: measured for each size of a batch; one more, the first, does not count.
+        seconds: bound of all.
+        max_rows: the largest batch.
+    """
+    for name, description in models.items():
+        until = time.perf_counter() + seconds / len(models)
+        denoiser = description.denoiser
+        shape = (denoiser.latent_channels, denoiser.default_latent_height, denoiser.default_latent_width)
+        expected = _probe(engine, name, denoiser, shape)
+        rows = 1
+        while rows <= max_rows and time.perf_counter() + (1 + steps) * expected <= until:
+            jobs = [_job(engine, name, denoiser, shape, 1 + steps) for _ in range(rows)]
+            measured = _measure(engine, jobs, steps, until)
+            _record(costs, engine, jobs, measured)
+            expected, rows = 2 * statistics.median(measured), 2 * rows
+
+
+def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, shape: tuple[int, ...]) -> float:
+    """A guess at the seconds of a step, from a much smaller one, which also wakes the device's libraries up.
+
+    The truth lies between the small step's time, where launching kernels is what takes time, and `_PROBE_SIDE` squared
+    as much, where computing does.
+    """
+    small = (shape[0], *(max(side // _PROBE_SIDE, 1) for side in shape[1:]))
+    job = _job(engine, name, denoiser, small, steps=2)
+    _, seconds = [_step_seconds(engine, [job]) for _ in range(2)]
+    return seconds * _PROBE_SIDE
+
+
+def _measure(engine: DenoiserEngine, jobs: list[DenoiseJob], steps: int, until: float) -> list[float]:
+    """Seconds of each step; of the first alone, which else does not count, if time is up after it."""
+    first = _step_seconds(engine, jobs)
+    if time.perf_counter() + steps * first > until:
+        return [first]
+    return [_step_seconds(engine, jobs) for _ in range(steps)]
+
+
+def _job(
+    engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, shape: tuple[int, ...], steps: int
+) -> DenoiseJob:
+    """A request without guidance, as long as it takes."""
+    model = engine.models[name]
+    plan = plan_sampling(
+        model.noise_schedule, sampler=denoiser.samplers[0], schedule=denoiser.schedules[0], steps=steps
+    )
+    noise = NoiseSource(0, (1, *shape))
+    return DenoiseJob(
+        model=name,
+        plan=plan,
+        noise=noise,
+        state=engine.start(name, plan, noise),
+        guidance_scale=1.0,
+        positive=engine.prepare(name, model.example_conditioning(), "warm-up"),
+        negative=None,
+    )
+
+
+def _step_seconds(engine: DenoiserEngine, jobs: list[DenoiseJob]) -> float:
+    started = time.perf_counter()
+    engine.step(jobs)
+    return time.perf_counter() - started
+
+
+def _record(costs: StepCosts, engine: DenoiserEngine, jobs: list[DenoiseJob], measured: list[float]) -> None:
+    """One row alone is what a row of the exact class costs, too."""
+    key = engine.batch_key(jobs[0])
+    for seconds in measured:
+        costs.record(key, len(jobs), seconds)
+        if len(jobs) == 1:
+            costs.record(key._replace(exact=True), 1, seconds)
