@@ -82,7 +82,7 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
         Server(build_encoder(encoder, Surroundings(metrics, store, ChannelPool())), encoder, metrics),
         Server(build_denoiser(denoiser, Surroundings(metrics, store, ChannelPool())), denoiser, metrics),
         Server(build_decoder(decoder, Surroundings(metrics, store, ChannelPool())), decoder, metrics),
-        Server(build_gateway(gateway, metrics), gateway, metrics),
+        Server(build_gateway(gateway, Surroundings(metrics, store, ChannelPool())), gateway, metrics),
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import grpc
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -27,15 +29,20 @@ def open_channel(target: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
 
+MAX_TARGETS = 256
+"""Targets that a pool keeps channels to: replicas come and go, and what a lease names need not exist."""
+_Channels = OrderedDict[str, grpc.aio.Channel]
+
+
 class ChannelPool:
-    """Channels by target, opened at first use.
+    """Channels by target, opened at first use; of targets that were long not used, they are let go.
 
     Tensors have connections of their own: what shares a connection with 64 MiB waits for its turn among them.
     """
 
     def __init__(self) -> None:
-        self._control: dict[str, grpc.aio.Channel] = {}
-        self._bulk: dict[str, grpc.aio.Channel] = {}
+        self._control: _Channels = OrderedDict()
+        self._bulk: _Channels = OrderedDict()
 
     def get(self, target: str) -> grpc.aio.Channel:
         """The channel to a target for calls, whose messages are small."""
@@ -53,7 +60,10 @@ class ChannelPool:
             channels.clear()
 
 
-def _get_or_open(channels: dict[str, grpc.aio.Channel], target: str) -> grpc.aio.Channel:
+def _get_or_open(channels: _Channels, target: str) -> grpc.aio.Channel:
     if target not in channels:
         channels[target] = open_channel(target)
+    channels.move_to_end(target)
+    if len(channels) > MAX_TARGETS:
+        channels.popitem(last=False)  # it closes when its last user lets go of it
     return channels[target]

@@ -15,9 +15,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from safelight.errors import InternalError, SafelightError, StageDrainingError, from_rpc_error, to_status
+from safelight.errors import (
+    InternalError,
+    InvalidRequestError,
+    SafelightError,
+    StageDrainingError,
+    from_rpc_error,
+    to_status,
+)
 from services.common.metrics import Metrics
 from services.common.request_context import Context, request_id
 
@@ -79,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
         return make(
             wrap(behaviour, method.removeprefix("/")),  # type: ignore[arg-type]  # the stubs know sync handlers only
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_parser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -88,6 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._observed(method, request, context) as call:
                 try:
                     self._check_open(method)
+                    _check_readable(request)
                     return await behaviour(request, context)
                 except Exception as error:
                     await _abort(call, context, error)
@@ -99,6 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._observed(method, request, context) as call:
                 try:
                     self._check_open(method)
+                    _check_readable(request)
                     async with aclosing(behaviour(request, context)) as responses:  # a cancelled call ends it now
                         async for response in responses:
                             yield response
@@ -141,6 +151,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics.requests.labels(call.method, call.code.name).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
         _log.info("call ended", extra={"method": call.method, "code": call.code.name, "seconds": round(seconds, 4)})
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a request whose bytes are no message of its type."""
+
+    reason: str
+
+
+def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Parses requests without raising: what is raised there would leave as UNKNOWN, uncounted and unlogged."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data) if deserialize is not None else data
+        except DecodeError as error:
+            return _Unreadable(str(error))
+
+    return parse
+
+
+def _check_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise InvalidRequestError.of("request", f"can't be read ({request.reason}): use the stubs of safelight.v1")
 
 
 def _is_overdue(context: Context) -> bool:

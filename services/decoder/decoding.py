@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher
 from services.common.exchange import CHUNK_BYTES, TensorReader, TensorStore
 from services.common.executor import DeviceExecutor
+from services.common.fingerprints import check_own_fingerprint, check_tensor_fingerprint
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
+from services.common.received_bytes import received_bytes
 from services.decoder.images import PictureError, PictureLimits, read_picture
 from services.decoder.output_files import OutputFile, latents_file, picture_file
 from services.decoder.registry import PictureDecoder
@@ -49,15 +52,20 @@ class Decoding:
         Raises:
             SafelightError: of the kinds that DecoderService.Decode documents.
         """
-        check_decode(request, find_model(self.models, request.model).decoder)
+        description = find_model(self.models, request.model).decoder
+        check_decode(request, description)
+        check_own_fingerprint(request.context, "decoder", description.fingerprint)
+        check_tensor_fingerprint(request.context, "denoiser", request.latents.header, "latents")
         latents = await read_tensor(self.reader, request.latents, "latents")
         if request.output.format == OUTPUT_FORMAT_LATENTS:
             file, timing = latents_file(latents), StageTiming(stage="decoder")
         else:
             file, timing = await self._picture(request, latents)
+        timing.received_bytes = received_bytes([request.latents], self.store.exchange_id)
+        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(file.data).digest())
         for chunk in _chunks(file):
             yield pb.DecodeResponse(chunk=chunk)
-        yield pb.DecodeResponse(result=_result(file, timing))
+        yield pb.DecodeResponse(result=_result(file, sha256, timing))
 
     async def encode_image(self, request: pb.EncodeImageRequest) -> pb.EncodeImageResponse:
         """The scaled latents of a picture file.
@@ -66,6 +74,7 @@ class Decoding:
             SafelightError: of the kinds that DecoderService.EncodeImage documents.
         """
         description = find_model(self.models, request.model).decoder
+        check_own_fingerprint(request.context, "decoder", description.fingerprint)
         try:
             image = await asyncio.to_thread(read_picture, request.image, self.limits)
         except PictureError as error:
@@ -112,12 +121,20 @@ async def compute_on(executor: DeviceExecutor, computation: Computation) -> Tens
 
 def _chunks(file: OutputFile) -> list[FileChunk]:
     """The file in pieces; the first tells its type and size."""
-    chunks = [FileChunk(data=file.data[start : start + CHUNK_BYTES]) for start in range(0, len(file.data), CHUNK_BYTES)]
+    chunks = [
+        FileChunk(data=file.data[start : start + CHUNK_BYTES], offset=start)
+        for start in range(0, len(file.data), CHUNK_BYTES)
+    ]
     chunks[0].media_type, chunks[0].file_size = file.media_type, len(file.data)
     return chunks
 
 
-def _result(file: OutputFile, timing: StageTiming) -> pb.DecodeResult:
+def _result(file: OutputFile, sha256: bytes, timing: StageTiming) -> pb.DecodeResult:
     return pb.DecodeResult(
-        media_type=file.media_type, file_size=len(file.data), width=file.width, height=file.height, timing=timing
+        media_type=file.media_type,
+        file_size=len(file.data),
+        width=file.width,
+        height=file.height,
+        timing=timing,
+        sha256=sha256,
     )

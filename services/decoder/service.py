@@ -66,7 +66,7 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
     mounts["safelight.v1.DecoderService"] = lambda server: (
         decoder_service_pb2_grpc.add_DecoderServiceServicer_to_server(servicer, server)
     )
-    return Service("decoder", mounts, tuple(models), start, close)
+    return Service("decoder", mounts, tuple(models), start, close, until_fetched=surroundings.store.until_empty)
 
 
 def _describe(name: str, decoder: PictureDecoder) -> ModelDescription:

@@ -9,7 +9,7 @@ from services.denoiser.step_work import Request, StepWork
 
 
 def backlog_seconds(works: Iterable[StepWork[Request]], costs: StepCosts, max_rows: int) -> float:
-    """Seconds until all of these are done if nothing else comes, in passes of the sizes that they allow and that pay."""
+    """Seconds until these are done if nothing else comes, in passes of the sizes that they allow and that pay."""
     seconds = 0.0
     shared: dict[Hashable, list[tuple[int, int]]] = {}
     for work in works:

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-# A pass that hiccuped, or the first of a new size, is outvoted; a curve that has changed is unlearnt in three passes.
+# A pass that hiccuped, or the first of a new size, is outvoted; a device that has become slower is believed after 3.
 _WINDOW = 5
 TRUSTED_SAMPLES = 3
+# A pass can take longer than its size explains, but not less: so much faster, and what was known is out of date.
+_FASTER = 0.75
 # Seconds a row until the key's first pass has been measured.
 _UNMEASURED_SECONDS = 0.05
 
@@ -36,8 +38,10 @@ class _Curve:
         if rows not in self.samples:
             self.samples[rows] = deque(maxlen=_WINDOW)
             self.sizes = sorted(self.samples)
+        elif seconds < _FASTER * self.medians[rows]:
+            self.samples[rows].clear()
         self.samples[rows].append(seconds)
-        self.medians[rows] = statistics.median(self.samples[rows])
+        self.medians[rows] = statistics.median_low(self.samples[rows])
 
     def seconds(self, rows: int) -> float:
         if rows in self.medians:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from safelight.errors import StageDrainingError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, DETERMINISM_CLASS_ROUNDING, StageTiming
-from services.common.exchange import TensorReader, TensorStore
+from services.common.exchange import TensorStore
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
 from services.denoiser.checkpoints import CheckpointWriter
@@ -34,7 +35,6 @@ class Denoising:
     loop: DenoiseLoop
     preparation: Preparation
     checkpoints: CheckpointWriter
-    reader: TensorReader
     store: TensorStore
     metrics: Metrics
     models: dict[str, ModelDescription]
@@ -61,14 +61,17 @@ class Denoising:
             yield pb.DenoiseResponse(result=await self._result(job))
         finally:
             self.loop.forget(job)
+            self._release(job.leased)
 
     async def _steps(self, job: DenoiseJob) -> AsyncGenerator[pb.DenoiseResponse, None]:
         """The job's steps as they are computed; raises what ended it."""
         step = job.first_step
         while step < job.steps:
             event = await job.events.get()
-            if isinstance(event, StageDrainingError) and _has_unsaved_steps(job):
-                yield await self._checkpoint(job, job.state)
+            if isinstance(event, StageDrainingError):
+                if _has_unsaved_steps(job):
+                    yield await self._checkpoint(job, job.state)
+                job.leased.clear()  # they outlive the request, until they are fetched
             if isinstance(event, Exception):
                 raise event
             step = event.step
@@ -82,8 +85,12 @@ class Denoising:
         checkpoint = await self.checkpoints.write(state, self.engine.models[job.model].fingerprint)
         job.leased.append(checkpoint.sampler_state)
         if len(job.leased) > _CHECKPOINTS_HELD:
-            await self.reader.release([job.leased.popleft()])
+            self._release([job.leased.popleft()])
         return pb.DenoiseResponse(checkpoint=checkpoint)
+
+    def _release(self, checkpoints: Iterable[TensorRef]) -> None:
+        """End the leases of checkpoints that nobody will ask for any more; inline ones have none."""
+        self.store.release([ref.lease.ticket for ref in checkpoints])
 
     async def _preview(self, job: DenoiseJob, event: StepDone) -> pb.DenoiseResponse:
         preview_map = self.engine.models[job.model].preview_map

@@ -74,7 +74,7 @@ class DenoiseJob:
         received_bytes: bytes of tensors that were pulled for it from other processes.
         denoised: the last step's prediction of the finished latent, if a preview of it is due.
         events: what the stream tells of: `StepDone`, or the exception that ended the request.
-        leased: its last checkpoints that may still be fetched, newest last.
+        leased: its last checkpoints, which may still be fetched, newest last.
     """
 
     model: str

@@ -20,7 +20,7 @@ def report_load(
     Args:
         scheduler: holds the requests.
         costs: what steps have cost so far.
-        capacity: requests that may wait.
+        capacity: requests that it takes at most, running and waiting.
         draining: whether it is stopping and takes nothing new.
     """
     return GetLoadResponse(

@@ -126,6 +126,7 @@ class DenoiseLoop:
         for job in batch:
             job.started = job.started or started
         self._stepping = batch
+        self._changed()
         try:
             seconds = await self._executor.run(lambda: self._timed_step(batch))
         except Exception as error:  # the worker loop: the batch's requests end with the error, the loop goes on

@@ -10,19 +10,22 @@ since an estimate promises no gain; the others now and then, since a curve can c
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic
 
 from services.denoiser.cost_curve import StepCosts
+from services.denoiser.deadlines import given_up
 from services.denoiser.step_order import Standing
 from services.denoiser.step_work import Request, StepWork
 
-# A larger pass must do so many times the rows a second.
-_WORTHWHILE = 1.03
+# A merge must do so many times the rows a second that the first request does by itself.
+_WORTHWHILE = 1.05
+# Who shares a pass needs this much more time than such passes take: others may still come between.
+_MARGIN = 1.2
 # Share of a key's time that may go into sizes that are not the best, to learn what they cost by now.
-_TRIAL_SHARE = 0.02
+_TRIAL_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class _Trials:
         self.seconds += seconds
         self.trial_seconds += seconds if is_trial else 0.0
 
-    @property
-    def is_due(self) -> bool:
-        return self.trial_seconds < _TRIAL_SHARE * self.seconds
+    def allow(self, seconds: float) -> bool:
+        """Whether a trial of so many seconds keeps within the share."""
+        return self.trial_seconds + seconds <= _TRIAL_SHARE * self.seconds
 
 
 class Merging:
@@ -84,10 +87,10 @@ class Merging:
         self._trials: dict[Hashable, _Trials] = {}
 
     def best_rows(self, batch_key: Hashable, sizes: Iterable[int]) -> int:
-        """The size with the best throughput, or the smallest that is nearly as good."""
+        """Of these sizes the one with the best throughput; the smallest where merging does not pay."""
         rates = {rows: rows / self._costs.seconds(batch_key, rows) for rows in sizes}
-        enough = max(rates.values()) / _WORTHWHILE
-        return min(rows for rows, rate in rates.items() if rate >= enough)
+        fewest, best = min(rates), max(rates, key=rates.__getitem__)
+        return best if rates[best] >= _WORTHWHILE * rates[fewest] else fewest
 
     def form(self, ordered: Sequence[Standing[Request]], now: float) -> ForwardPass[Request]:
         """The next pass.
@@ -121,65 +124,39 @@ class Merging:
     def _trial(self, batch_key: Hashable, sizes: Sequence[int], best: int) -> int | None:
         """The size to be tried now in place of the best."""
         trusted = self._costs.trusted_rows(batch_key)
-        reachable = [rows for rows in sizes if rows <= max(2 * trusted, sizes[0])]
-        if reachable and reachable[-1] > trusted:
-            return reachable[-1]
         trials = self._trials.setdefault(batch_key, _Trials())
-        others = [rows for rows in reachable if rows != best]
-        if not others or not trials.is_due:
-            return None
-        return min(others, key=lambda rows: (trials.last_pass.get(rows, 0), -rows))
+        if trials.passes and sizes[-1] > trusted:
+            return sizes[-1]
+        others = [rows for rows in sizes if rows != best]
+        oldest = min(others, key=lambda rows: (trials.last_pass.get(rows, 0), -rows), default=best)
+        return oldest if trials.allow(self._costs.seconds(batch_key, oldest)) else None
 
 
 class _Outlook(Generic[Request]):
     """What becomes of the deadlines if all passes of a key are of one size."""
 
-    def __init__(self, ordered: Iterable[Standing[Request]], batch_key: Hashable, costs: StepCosts, now: float) -> None:
+    def __init__(self, ordered: Sequence[Standing[Request]], batch_key: Hashable, costs: StepCosts, now: float) -> None:
         self.batch_key = batch_key
+        self._ordered = ordered
         self._costs = costs
         self._now = now
-        promised = [each for each in ordered if each.has_deadline and not each.is_hopeless]
-        self._promised = sorted(promised, key=lambda standing: standing.due)
         self._lost: dict[int, set[StepWork[Request]]] = {}
 
     def lost(self, rows: int) -> set[StepWork[Request]]:
-        """The requests that would miss their deadlines if the others are to meet theirs, as few as can be.
-
-        Moore and Hodgson's rule: the work is laid out by deadline at this size's throughput, and where it does not fit,
-        the longest request so far is given up.
-        """
+        """The requests whose deadlines would be given up."""
         if rows not in self._lost:
-            self._lost[rows] = self._give_up(rows)
+            self._lost[rows] = given_up(self._ordered, self._now, partial(self._work_seconds, rows))
         return self._lost[rows]
 
-    def _give_up(self, rows: int) -> set[StepWork[Request]]:
-        row_seconds = self._costs.seconds(self.batch_key, rows) / rows
-        lost: set[StepWork[Request]] = set()
-        kept: list[tuple[float, int, StepWork[Request]]] = []
-        end = self._now
-        for position, standing in enumerate(self._promised):
-            if self._is_too_slow(standing, rows):
-                lost.add(standing.work)
-                continue
-            seconds = standing.work.left * self._step_share(standing, row_seconds)
-            heapq.heappush(kept, (-seconds, position, standing.work))
-            end += seconds
-            if end > standing.due:
-                longest, _, work = heapq.heappop(kept)
-                end += longest
-                lost.add(work)
-        return lost
-
-    def _step_share(self, standing: Standing[Request], row_seconds: float) -> float:
-        return standing.work.needs.rows * row_seconds if self._is_mine(standing) else standing.step_seconds
-
-    def _is_too_slow(self, standing: Standing[Request], rows: int) -> bool:
-        """Whether a request would miss its deadline in passes of this size, though it were in each of them."""
-        pass_seconds = self._costs.seconds(self.batch_key, max(rows, standing.work.needs.rows))
-        return self._is_mine(standing) and standing.pace < pass_seconds
-
-    def _is_mine(self, standing: Standing[Request]) -> bool:
-        return standing.work.needs.batch_key == self.batch_key and not standing.work.needs.alone
+    def _work_seconds(self, rows: int, standing: Standing[Request]) -> float | None:
+        """Seconds of the device until a request's end; None if passes of this size are too slow for it."""
+        work = standing.work
+        if work.needs.batch_key != self.batch_key or work.needs.alone:
+            return work.left * standing.step_seconds
+        size = max(rows, work.needs.rows)
+        pass_seconds = self._costs.seconds(self.batch_key, size)
+        margin = _MARGIN if size > work.needs.rows else 1.0
+        return None if standing.pace < margin * pass_seconds else work.left * pass_seconds * work.needs.rows / size
 
 
 def shares_pass(one: Standing[Request], other: Standing[Request]) -> bool:

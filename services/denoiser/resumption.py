@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from safelight.errors import FieldViolation, FingerprintMismatchError, InvalidRequestError
 from safelight.v1.work_pb2 import Checkpoint
-from services.common.exchange import TensorReader
+from services.common.exchange import Payload, TensorReader
 from services.denoiser.sampling.sampler import SAMPLERS, SamplingPlan
 from services.denoiser.sampling.state import SamplerState, state_from_bytes
 
@@ -41,11 +42,15 @@ async def read_checkpoint(
     if len(header.shape) != 1 or header.shape[0] > largest:
         raise InvalidRequestError.of(_FIELD, f"has shape {list(header.shape)}; must be [bytes], at most {largest}")
     payload = await reader.read(checkpoint.sampler_state, _FIELD)
+    return await asyncio.to_thread(_checked_state, payload, checkpoint.step, plan, (1, *latent_shape))
+
+
+def _checked_state(payload: Payload, step: int, plan: SamplingPlan, shape: tuple[int, ...]) -> SamplerState:
     try:
         state = state_from_bytes(bytes(payload.buffer()))
     except ValueError as error:
         raise InvalidRequestError.of(_FIELD, f"{error}: start again from noise") from error
-    if violations := list(_violations(state, checkpoint.step, plan, (1, *latent_shape))):
+    if violations := list(_violations(state, step, plan, shape)):
         raise InvalidRequestError.of_all(violations)
     return state
 

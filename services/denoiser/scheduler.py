@@ -13,6 +13,7 @@ from typing import Generic
 
 from services.denoiser.backlog import backlog_seconds
 from services.denoiser.cost_curve import StepCosts
+from services.denoiser.deadlines import given_up
 from services.denoiser.fair_share import FairShare
 from services.denoiser.merging import ForwardPass, Merging
 from services.denoiser.step_order import Standing, in_order
@@ -76,7 +77,13 @@ class StepScheduler(Generic[Request]):
         return len(self._works) >= self._limits.max_running + self._limits.capacity
 
     def add(self, needs: StepNeeds[Request], now: float) -> int:
-        """Take a request in; returns how many were there before it. The caller checks `is_full` first."""
+        """Take a request in; returns how many were there before it. The caller checks `is_full` first.
+
+        Raises:
+            ValueError: it has no step to do.
+        """
+        if needs.steps < 1:
+            raise ValueError("a request without a step to do has nothing to be scheduled")
         self._shares.join(needs.tenant)
         self._works[needs.request] = StepWork(needs, now, needs.steps)
         return len(self._works) - 1
@@ -88,7 +95,7 @@ class StepScheduler(Generic[Request]):
             self._shares.leave(work.needs.tenant)
 
     def next_batch(self, now: float) -> list[Request]:
-        """The requests of the next forward pass, empty when idle. The caller answers with `stepped`, or removes them."""
+        """The requests of the next forward pass; empty when idle. The caller says `stepped` of them or removes them."""
         if not self._works:
             return []
         self._pass = self._merging.form(self._in_order(now), now)
@@ -101,6 +108,9 @@ class StepScheduler(Generic[Request]):
         """The batch of `next_batch` has done its step in so many seconds; requests without a further step are dropped.
 
         Requests that were removed meanwhile are charged all the same: the device has worked for them.
+
+        Raises:
+            ValueError: it is another batch.
         """
         done = self._pass
         if done is None or [work.needs.request for work in done.batch] != list(batch):
@@ -133,7 +143,19 @@ class StepScheduler(Generic[Request]):
 
     def _in_order(self, now: float) -> list[Standing[Request]]:
         standings = [Standing.of(work, self._costs, now) for work in self._works.values()]
-        ordered = in_order(standings, self._shares, self._shared_pass())
+        best_rows = self._best_rows()
+        shared_pass = {key: self._costs.seconds(key, rows) for key, rows in best_rows.items()}
+
+        def work_seconds(standing: Standing[Request]) -> float:
+            needs = standing.work.needs
+            share = shared_pass[needs.batch_key] / best_rows[needs.batch_key]
+            return standing.work.left * (standing.step_seconds if needs.alone else needs.rows * share)
+
+        lost = given_up(standings, now, work_seconds)
+        return self._overdue_first(in_order(standings, self._shares, shared_pass, lost))
+
+    def _overdue_first(self, ordered: list[Standing[Request]]) -> list[Standing[Request]]:
+        """Put the oldest overdue request first when it is its turn."""
         overdue = [standing for standing in ordered if standing.is_overdue]
         if not overdue:
             self._overdue_credit = 0.0
@@ -144,12 +166,10 @@ class StepScheduler(Generic[Request]):
         self._overdue_credit = 0.0
         return [oldest, *(standing for standing in ordered if standing is not oldest)]
 
-    def _shared_pass(self) -> dict[Hashable, float]:
-        """Seconds of the best pass that the requests there could fill, by batch key."""
-        rows: dict[Hashable, int] = {}
+    def _best_rows(self) -> dict[Hashable, int]:
+        """Rows of the best pass that the requests there could fill, by batch key."""
+        there: dict[Hashable, int] = {}
         for work in self._works.values():
-            rows[work.needs.batch_key] = rows.get(work.needs.batch_key, 0) + work.needs.rows
-        return {key: self._best_pass(key, min(most, self._limits.max_batch_rows)) for key, most in rows.items()}
-
-    def _best_pass(self, key: Hashable, most: int) -> float:
-        return self._costs.seconds(key, self._merging.best_rows(key, range(1, most + 1)))
+            there[work.needs.batch_key] = there.get(work.needs.batch_key, 0) + work.needs.rows
+        most = self._limits.max_batch_rows
+        return {key: self._merging.best_rows(key, range(1, min(rows, most) + 1)) for key, rows in there.items()}

@@ -46,7 +46,7 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     reader, store = surroundings.reader(settings), surroundings.store
     checkpoints = CheckpointWriter(store, surroundings.metrics)
     preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id)
-    denoising = Denoising(engine, loop, preparation, checkpoints, reader, store, surroundings.metrics, models)
+    denoising = Denoising(engine, loop, preparation, checkpoints, store, surroundings.metrics, models)
     servicer = DenoiserServicer(denoising, settings.heartbeat_seconds)
 
     async def start(address: str) -> None:
@@ -60,9 +60,8 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
         executor.close()
         await surroundings.close()
 
-    mounts = stage_mounts(
-        store, list(models.values()), lambda: report_load(scheduler, costs, settings.queue_capacity, loop.draining)
-    )
+    capacity = settings.max_running + settings.queue_capacity
+    mounts = stage_mounts(store, list(models.values()), lambda: report_load(scheduler, costs, capacity, loop.draining))
     mounts["safelight.v1.DenoiserService"] = lambda server: (
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
     )

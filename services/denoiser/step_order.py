@@ -4,8 +4,8 @@
    while it is not ahead of its share by more than this request, so tight deadlines move work forward and earn no more
    of it.
 2. The others, tenant by tenant as their shares allow; within a tenant the higher priority, then the earlier due time.
-   A request without a deadline is due three times its own duration after its arrival, so a short one overtakes a long
-   one, and none is overtaken for ever.
+   A request without a deadline is due three times its own duration after its arrival: the oldest first, but a short one
+   overtakes a long one. Deadlines that are given up to save others (`deadlines.py`) are among these.
 3. Hopeless: requests that would miss their deadline though they ran by themselves from now on. They fill rows that
    nobody else wants, and so drag nobody down with them.
 """
@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
@@ -67,26 +67,41 @@ class Standing(Generic[Request]):
 
 
 def in_order(
-    standings: Iterable[Standing[Request]], shares: FairShare, shared_pass: Mapping[Hashable, float]
+    standings: Iterable[Standing[Request]],
+    shares: FairShare,
+    shared_pass: Mapping[Hashable, float],
+    lost: Collection[StepWork[Request]],
 ) -> list[Standing[Request]]:
     """All requests, the first to be served first.
 
     Args:
         shared_pass: seconds of a well filled pass, by batch key.
+        lost: requests whose deadlines have been given up.
     """
-
-    def by_due(standing: Standing[Request]) -> tuple[bool, float]:
-        pressed = standing.pace < _PRESSED * shared_pass[standing.work.needs.batch_key]
-        return (not pressed, standing.due)
-
-    urgent, others, hopeless = [], [], []
+    urgent: list[Standing[Request]] = []
+    others: list[Standing[Request]] = []
+    hopeless: list[Standing[Request]] = []
     for standing in standings:
-        where = hopeless if standing.is_hopeless else urgent if standing.is_urgent(shares) else others
+        is_urgent = standing.work not in lost and standing.is_urgent(shares)
+        where = hopeless if standing.is_hopeless else urgent if is_urgent else others
         where.append(standing)
-    urgent.sort(key=by_due)
-    others.sort(key=lambda standing: (-standing.work.needs.priority, *by_due(standing)))
+    urgent.sort(key=lambda standing: standing.due)
+    others.sort(key=lambda standing: _rank(standing, shared_pass[standing.work.needs.batch_key]))
     hopeless.sort(key=lambda standing: standing.due)
     return [*urgent, *_by_share(others, urgent, shares), *hopeless]
+
+
+def _rank(standing: Standing[Request], shared_pass: float) -> tuple[int, bool, bool, float]:
+    """Sorts the requests of a tenant.
+
+    Those that are pressed come first. Of those that are not, and have no deadline, the one with the most steps left
+    does where passes are shared, since it decides how many passes there will be.
+    """
+    is_pressed = standing.pace < _PRESSED * shared_pass
+    is_shared = shared_pass > standing.step_seconds
+    by_length = is_shared and not is_pressed and not standing.has_deadline
+    order = -standing.work.left if by_length else standing.due
+    return (-standing.work.needs.priority, not is_pressed, by_length, order)
 
 
 def _by_share(

@@ -33,7 +33,7 @@ def warm_up(
         engine: runs the steps.
         models: what it serves.
         costs: takes the measurements.
-        steps: measured for each size of a batch; one more, the first, does not count.
+        steps: measured for each size of a batch, at most; one more, the first, does not count.
         seconds: bound of all.
         max_rows: the largest batch.
     """
@@ -43,7 +43,7 @@ def warm_up(
         shape = (denoiser.latent_channels, denoiser.default_latent_height, denoiser.default_latent_width)
         expected = _probe(engine, name, denoiser, shape)
         rows = 1
-        while rows <= max_rows and time.perf_counter() + (1 + steps) * expected <= until:
+        while rows <= max_rows and time.perf_counter() + 2 * expected <= until:
             jobs = [_job(engine, name, denoiser, shape, 1 + steps) for _ in range(rows)]
             measured = _measure(engine, jobs, steps, until)
             _record(costs, engine, jobs, measured)
@@ -63,11 +63,12 @@ def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, sha
 
 
 def _measure(engine: DenoiserEngine, jobs: list[DenoiseJob], steps: int, until: float) -> list[float]:
-    """Seconds of each step; of the first alone, which else does not count, if time is up after it."""
+    """Seconds of as many steps as there is time for; of the first, which else does not count, if there is for no more."""
     first = _step_seconds(engine, jobs)
-    if time.perf_counter() + steps * first > until:
-        return [first]
-    return [_step_seconds(engine, jobs) for _ in range(steps)]
+    measured: list[float] = []
+    while len(measured) < steps and time.perf_counter() + first <= until:
+        measured.append(_step_seconds(engine, jobs))
+    return measured or [first]
 
 
 def _job(

@@ -8,11 +8,15 @@ from torch import Tensor
 
 
 class EmbeddingKey(NamedTuple):
-    """What an embedding depends on; `model` names the weights by their fingerprint."""
+    """What an embedding depends on; `model` names the weights by their fingerprint.
+
+    `alone` marks an embedding whose prompt was encoded by itself: the batch changes the rounding.
+    """
 
     model: str
     token_ids: tuple[int, ...]
     clip_skip: int
+    alone: bool
 
 
 class EmbeddingCache:

@@ -12,11 +12,12 @@ from torch import Tensor
 from safelight.v1 import encoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import Conditioning, NamedTensor
-from safelight.v1.work_pb2 import StageTiming
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, StageTiming
 from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher
 from services.common.exchange import TensorStore
 from services.common.executor import DeviceExecutor
+from services.common.fingerprints import check_own_fingerprint
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
 from services.encoder.embedding_cache import EmbeddingCache, EmbeddingKey
@@ -32,11 +33,12 @@ ConditioningTensors = Mapping[str, Tensor]
 
 
 class PromptJob(NamedTuple):
-    """A prompt to encode."""
+    """A prompt to encode; alone: in a batch of its own, so that company never changes a bit."""
 
     model: str
     prompt: TokenizedPrompt
     clip_skip: int
+    alone: bool
 
 
 PromptBatcher = Batcher[PromptJob, ConditioningTensors]
@@ -72,22 +74,25 @@ class Encoding:
         """
         description = find_model(self.models, request.model).encoder
         check_encode(request, description)
+        check_own_fingerprint(request.context, "encoder", description.fingerprint)
         clip_skip = request.clip_skip or description.default_clip_skip
         encoder = self.encoders[request.model]
         tokenized = await self.executor.run(lambda: [encoder.tokenize(prompt) for prompt in request.prompts])
-        jobs = [PromptJob(request.model, prompt, clip_skip) for prompt in tokenized]
+        alone = request.determinism == DETERMINISM_CLASS_EXACT
+        jobs = [PromptJob(request.model, prompt, clip_skip, alone) for prompt in tokenized]
         encoded = await asyncio.gather(*map(self._encode_prompt, jobs))
         prompts = [await self._pack(job, result) for job, result in zip(jobs, encoded, strict=True)]
         return pb.EncodeResponse(prompts=prompts, timing=self._timing(request.model, encoded))
 
     async def _encode_prompt(self, job: PromptJob) -> _Encoded:
-        key = EmbeddingKey(self.encoders[job.model].fingerprint, job.prompt.ids, job.clip_skip)
+        key = EmbeddingKey(self.encoders[job.model].fingerprint, job.prompt.ids, job.clip_skip, job.alone)
         cached = self.cache.get(key)
         if cached is not None:
             self.metrics.cache_hits.labels(_CACHE).inc()
             return _Encoded(cached, True, 0.0, 0.0)
         self.metrics.cache_misses.labels(_CACHE).inc()
-        tensors, queued, computed = await self.batcher.submit(job, WorkKind(job.model), job.clip_skip)
+        batch_key = object() if job.alone else job.clip_skip
+        tensors, queued, computed = await self.batcher.submit(job, WorkKind(job.model), batch_key)
         self.cache.put(key, tensors)
         self.metrics.cache_bytes.labels(_CACHE).set(self.cache.bytes)
         return _Encoded(tensors, False, queued, computed)

@@ -54,7 +54,7 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
     mounts["safelight.v1.EncoderService"] = lambda server: (
         encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
     )
-    return Service("encoder", mounts, tuple(models), start, close)
+    return Service("encoder", mounts, tuple(models), start, close, until_fetched=surroundings.store.until_empty)
 
 
 def _describe(name: str, encoder: PromptEncoder, settings: EncoderSettings) -> ModelDescription:

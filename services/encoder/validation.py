@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.model_pb2 import EncoderDescription
-from services.common.validation import check_range
+from services.common.validation import check_determinism, check_range
 
 MAX_PROMPTS = 64
 
@@ -28,6 +28,7 @@ def check_encode(request: EncodeRequest, model: EncoderDescription) -> None:
 def _violations(request: EncodeRequest, model: EncoderDescription) -> Iterator[FieldViolation]:
     yield from check_range("prompts", len(request.prompts), 1, MAX_PROMPTS)
     yield from check_range("clip_skip", request.clip_skip, 0, model.max_clip_skip)
+    yield from check_determinism(request.determinism)
     for index, prompt in enumerate(request.prompts):
         size = len(prompt.encode())
         if size > model.max_prompt_bytes:

@@ -22,7 +22,9 @@ from services.modeling.packing import (
 from services.modeling.winograd import Tiles, pack_tiles, tiled_conv2d
 
 _UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
-_MIN_TILED_CHANNELS = 32  # with fewer the tiles' transforms cost more than their products save
+# Narrower convolutions are left to torch. oneDNN's blocks for them depend on the size of the picture, and a weight in
+# blocks that don't fit is brought into others on every call, by oneDNN's slowest routine; and tiles don't pay.
+_MIN_PACKED_CHANNELS = 256
 
 
 class TensorModule(nn.Module):
@@ -76,13 +78,17 @@ class GatedLinear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """A convolution (+ residual). x: [B, in, H, W], residual: [B, out, H', W'] -> [B, out, H', W'].
 
-    Packed for float32, a 3 x 3 kernel keeps its weight (as loaded, the mapped file) beside the transformed one.
+    Packed, a 1 x 1 kernel, and a wide 3 x 3 one in float32, keep their weight (as loaded, the mapped file) beside
+    another form of it.
     """
 
     __call__: Callable[..., Tensor]
+    _matrix: Tensor | None = None
     _tiles: Tiles | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._matrix is not None:
+            return _pixelwise_linear(x, self._matrix, self.bias, residual)
         if self._tiles is not None:
             return tiled_conv2d(x, self._tiles, self.bias, residual)
         if self.weight.is_mkldnn:
@@ -92,15 +98,18 @@ class Conv2d(nn.Conv2d):
 
     def pack(self) -> None:
         """Gives the layer its packed weight."""
-        if self._can_be_tiled():
+        if self.kernel_size == (1, 1) and self._geometry() == _UNPADDED:
+            self._matrix = pack_linear_weight(self.weight.flatten(1))
+        elif min(self.in_channels, self.out_channels) < _MIN_PACKED_CHANNELS:
+            self.weight = _frozen(self.weight.contiguous(memory_format=torch.channels_last))
+        elif self._can_be_tiled():
             self._tiles = pack_tiles(self.weight)
         else:
             self.weight = _frozen(pack_conv2d_weight(self.weight, self._geometry()))
 
     def _can_be_tiled(self) -> bool:
         is_plain = self.kernel_size == (3, 3) and self._geometry() == ((1, 1), (1, 1), (1, 1), 1)
-        is_wide = min(self.in_channels, self.out_channels) >= _MIN_TILED_CHANNELS
-        return is_plain and is_wide and self.weight.dtype == torch.float32
+        return is_plain and self.weight.dtype == torch.float32
 
     def _geometry(self) -> ConvGeometry:
         padding = cast(tuple[int, int], self.padding)  # no layer of ours says "same"
@@ -140,8 +149,12 @@ class Upsample(TensorModule):
         return out
 
     def pack(self) -> None:
-        """Packs the phases; the convolution itself is packed as any other."""
-        self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in phase_kernels(self.weight)]
+        """Computes the phases, and packs wide ones; the convolution itself is packed as any other."""
+        kernels = phase_kernels(self.weight)
+        if self.conv.in_channels < _MIN_PACKED_CHANNELS:
+            self._phases = [kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels]
+        else:
+            self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in kernels]
 
 
 def phase_kernels(weight: Tensor) -> list[Tensor]:
@@ -162,6 +175,12 @@ def pack_weights(module: nn.Module) -> None:
             layer.weight.device.type, layer.weight.dtype
         ):
             layer.pack()
+
+
+def _pixelwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """A linear layer over the channels of every pixel. x: [B, in, H, W] -> [B, out, H, W] in channels-last memory."""
+    add = None if residual is None else residual.permute(0, 2, 3, 1)
+    return packed_linear(x.permute(0, 2, 3, 1), weight, bias, add=add).permute(0, 3, 1, 2)
 
 
 def _unpadded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

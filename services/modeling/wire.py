@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ TORCH_DTYPES: dict[pb.DataType.ValueType, torch.dtype] = {
     pb.DATA_TYPE_UINT8: torch.uint8,
     pb.DATA_TYPE_BOOL: torch.bool,
 }
+_CHECKED_ON_THE_LOOP_BYTES = 1024 * 1024
 DATA_TYPES = {dtype: data_type for data_type, dtype in TORCH_DTYPES.items()}
 
 
@@ -95,7 +97,10 @@ async def read_tensor(reader: TensorReader, ref: pb.TensorRef, field: str) -> Te
         tensor = to_tensor(ref.header, payload)
     except TensorCorruptError as error:
         raise TensorCorruptError(f"{field}: {error.message}", field=field) from error
-    check_finite(tensor, field)
+    if tensor.nbytes <= _CHECKED_ON_THE_LOOP_BYTES:
+        check_finite(tensor, field)
+    else:
+        await asyncio.to_thread(check_finite, tensor, field)
     return tensor
 
 

@@ -23,6 +23,8 @@ from services.common.metrics import Metrics
 
 IDLE_BUFFER_BYTES = 256 * 1024 * 1024
 """Most memory that a reader keeps for tensors to come."""
+SHARED_READS = 4
+"""Most at once: more would not be faster, and holders that are frozen leave threads for other work."""
 _RELEASE_SECONDS = 5.0
 
 _log = logging.getLogger("safelight.exchange")
@@ -44,6 +46,7 @@ class TensorReader:
         self._max_tensor_bytes = max_tensor_bytes
         self._metrics = metrics
         self._buffers = BufferPool(IDLE_BUFFER_BYTES)
+        self._shared_reads = asyncio.Semaphore(SHARED_READS)
         self._stream = ChunkStream(channels, metrics)
 
     async def read(self, ref: TensorRef, field: str) -> Payload:
@@ -110,7 +113,8 @@ class TensorReader:
         if not is_near(lease):
             return None
         try:
-            return await asyncio.to_thread(read_shared, lease, buffer)
+            async with self._shared_reads:
+                return await asyncio.to_thread(read_shared, lease, buffer)
         except SharedMemoryError as error:
             _log.info("no tensor through shared memory: %s", error, extra={"endpoint": lease.endpoint})
             self._metrics.shared_memory_fallbacks.inc()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from safelight.errors import LeaseExpiredError
 from safelight.tensors import MAX_INLINE_BYTES, check_size
 from safelight.v1.tensor_pb2 import TensorHeader, TensorLease, TensorRef
-from services.common.exchange.digests import digest_off_loop
+from services.common.exchange.digests import digest
 from services.common.exchange.payload import Payload
 from services.common.metrics import Metrics
 from services.common.settings import SettingsError
@@ -64,13 +64,9 @@ class TensorStore:
     async def put(self, header: TensorHeader, payload: Payload) -> TensorRef:
         """A reference to the tensor: inline when it is small, else a lease, which ends by itself in time.
 
-        The header gets its digest here; a large tensor's is computed on a thread, off the event loop.
+        The header gets its digest here.
         """
-        data = payload.buffer()
-        check_size(header, data.nbytes)
-        sealed = TensorHeader()
-        sealed.CopyFrom(header)
-        sealed.digest = await digest_off_loop(data)
+        data, sealed = await asyncio.to_thread(_seal, header, payload)
         if data.nbytes <= MAX_INLINE_BYTES:
             return TensorRef(header=sealed, inline=bytes(data))
         return TensorRef(header=sealed, lease=self._lease(payload, data))
@@ -129,3 +125,13 @@ class TensorStore:
         (self._empty.clear if self._leased else self._empty.set)()
         self._metrics.leases.set(len(self._leased))
         self._metrics.leased_bytes.set(sum(leased.data.nbytes for leased in self._leased.values()))
+
+
+def _seal(header: TensorHeader, payload: Payload) -> tuple[memoryview, TensorHeader]:
+    """The payload's bytes, and the header with their digest. For a thread: the bytes may have to come from a GPU."""
+    data = payload.buffer()
+    check_size(header, data.nbytes)
+    sealed = TensorHeader()
+    sealed.CopyFrom(header)
+    sealed.digest = digest(data)
+    return data, sealed

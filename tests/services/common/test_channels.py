@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import grpc
 import pytest
 
 from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
 from safelight.v1.encoder_service_pb2_grpc import EncoderServiceStub
-from services.common.channels import MAX_MESSAGE_BYTES, ChannelPool
+from services.common.channels import MAX_MESSAGE_BYTES, MAX_TARGETS, ChannelPool
 from tests.serving import Serve, unary
 
 
@@ -24,6 +27,25 @@ async def test_a_closed_pool_opens_anew() -> None:
     first = pool.get("unix:/a")
     await pool.close()
     assert pool.get("unix:/a") is not first
+    await pool.close()
+
+
+async def test_tensors_have_a_channel_of_their_own() -> None:
+    pool = ChannelPool()
+    assert pool.bulk("unix:/a") is pool.bulk("unix:/a")
+    assert pool.bulk("unix:/a") is not pool.get("unix:/a")
+    await pool.close()
+
+
+async def test_a_pool_lets_go_of_the_target_that_was_longest_unused() -> None:
+    pool = ChannelPool()
+    kept, dropped = pool.get("unix:/kept"), weakref.ref(pool.get("unix:/dropped"))
+    for number in range(MAX_TARGETS - 1):
+        pool.get("unix:/kept")
+        pool.get(f"unix:/{number}")
+    gc.collect()
+    assert dropped() is None
+    assert pool.get("unix:/kept") is kept
     await pool.close()
 
 

@@ -8,7 +8,13 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from safelight.errors import DeadlineExceededError, InternalError, OverloadedError, UnknownModelError
+from safelight.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownModelError,
+)
 from safelight.v1.denoiser_service_pb2 import DenoiseProgress, DenoiseRequest, DenoiseResponse
 from safelight.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
@@ -49,6 +55,21 @@ async def test_an_error_of_ours_is_counted_under_its_code(serve: Serve) -> None:
     running = await serve(failing(OverloadedError("the queue is full")))
     await failure(EncoderServiceStub(running.channel).Encode(EncodeRequest()))
     await ended(running, ENCODE, "RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize("call", ["unary_unary", "unary_stream"])
+async def test_bytes_that_are_no_message_are_an_invalid_request(serve: Serve, call: str) -> None:
+    async def denoise(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
+        yield STEP
+
+    unary_call = call == "unary_unary"
+    running = await serve(unary(encode_nothing) if unary_call else streaming(denoise))
+    method = ENCODE if unary_call else DENOISE
+    answer = getattr(running.channel, call)(f"/{method}")(b"\xff\xff")
+    error = await failure(answer if unary_call else answer.read())
+    assert type(error) is InvalidRequestError
+    assert [violation.field for violation in error.violations] == ["request"]
+    await ended(running, method, "INVALID_ARGUMENT")
 
 
 async def test_an_unknown_exception_leaves_as_a_neutral_sentence_with_the_request_id(serve: Serve) -> None:
@@ -165,7 +186,7 @@ async def test_a_cancelled_stream_ends_a_handler_that_only_yields_before_the_cal
     await ended(running, DENOISE, "CANCELLED")
 
 
-async def test_a_deadline_stops_the_handler(serve: Serve) -> None:
+async def test_a_deadline_stops_the_handler_and_is_counted_as_such(serve: Serve) -> None:
     cancelled = asyncio.Event()
 
     async def encode(request: EncodeRequest) -> EncodeResponse:
@@ -179,6 +200,7 @@ async def test_a_deadline_stops_the_handler(serve: Serve) -> None:
     error = await failure(EncoderServiceStub(running.channel).Encode(EncodeRequest(), timeout=0.05))
     await cancelled.wait()
     assert type(error) is DeadlineExceededError
+    await ended(running, ENCODE, "DEADLINE_EXCEEDED")
 
 
 @pytest.mark.parametrize("given", ["6f1c", ""])

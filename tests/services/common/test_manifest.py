@@ -25,6 +25,7 @@ models:
     path: /weights/majicmix.safetensors
     family: sd15
     tokenizer: /weights/tokenizer
+    latent_preview: /weights/preview.json
     encoder: {dtype: float16}
     denoiser: {dtype: bfloat16, path: /weights/unet.safetensors}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
@@ -37,6 +38,7 @@ models:
         path="/weights/majicmix.safetensors",
         family="sd15",
         tokenizer="/weights/tokenizer",
+        latent_preview="/weights/preview.json",
         encoder=Component(dtype="float16"),
         denoiser=Component(dtype="bfloat16", path="/weights/unet.safetensors"),
         decoder=Component(path="/weights/vae.safetensors", dtype="float32"),

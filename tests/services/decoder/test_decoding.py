@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from safelight.errors import (
+    FingerprintMismatchError,
     InvalidRequestError,
     LeaseExpiredError,
     NonFiniteError,
@@ -86,7 +88,7 @@ async def test_a_latent_becomes_a_picture_file_with_its_parameters(
     request.parameters.CopyFrom(work_pb2.GenerationParameters(prompt="a cat", seed=7, model="tiny"))
     data, result = await (await start()).decode(request)
     assert (result.media_type, result.width, result.height) == (media_type, 96, 64)
-    assert result.file_size == len(data)
+    assert (result.file_size, result.sha256) == (len(data), hashlib.sha256(data).digest())
     assert pixels(data).shape == (64, 96, 3)
     parameters = read_parameters(data)
     assert parameters is not None
@@ -106,6 +108,17 @@ async def test_latents_come_back_bit_for_bit_on_request(start: Start) -> None:
     data, result = await (await start()).decode(request)
     assert torch.equal(safetensors.torch.load(data)["latents"], LATENTS)
     assert result.width == 0
+
+
+async def test_every_piece_of_a_file_tells_its_place(start: Start) -> None:
+    decoder = await start()
+    request = decode_request(torch.randn(1, 4, 300, 300))
+    request.output.format = work_pb2.OUTPUT_FORMAT_LATENTS
+    chunks = [event.chunk async for event in decoder.stub.Decode(request, timeout=60) if event.HasField("chunk")]
+    ends = [chunk.offset + len(chunk.data) for chunk in chunks]
+    assert len(chunks) > 1
+    assert [chunk.offset for chunk in chunks] == [0, *ends[:-1]]
+    assert ends[-1] == chunks[0].file_size
 
 
 async def test_a_latent_beyond_the_untiled_area_is_decoded_in_tiles(start: Start) -> None:
@@ -158,6 +171,15 @@ def unknown_format(request: DecodeRequest) -> None:
     request.output.format = 99  # type: ignore[assignment]  # as a client of a later release might send
 
 
+def planned_with_other_weights(request: DecodeRequest) -> None:
+    request.context.fingerprints["decoder"] = "another"
+
+
+def latents_of_other_weights(request: DecodeRequest) -> None:
+    request.context.fingerprints["denoiser"] = "ours"
+    request.latents.header.fingerprint = "another"
+
+
 def unknown_model(request: DecodeRequest) -> None:
     request.model = "nothing"
 
@@ -172,6 +194,8 @@ def unknown_model(request: DecodeRequest) -> None:
         (quality_of_png, InvalidRequestError, "output"),
         (unknown_format, InvalidRequestError, "output.format"),
         (unknown_model, UnknownModelError, "nothing"),
+        (planned_with_other_weights, FingerprintMismatchError, "context.fingerprints[decoder]"),
+        (latents_of_other_weights, FingerprintMismatchError, "latents"),
     ],
 )
 async def test_bad_input_is_refused_by_name_and_the_service_goes_on(

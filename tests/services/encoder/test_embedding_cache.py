@@ -9,7 +9,7 @@ BYTES = 400  # of one prompt's tensors
 
 
 def key(*token_ids: int) -> EmbeddingKey:
-    return EmbeddingKey(model="sd15", token_ids=token_ids, clip_skip=1)
+    return EmbeddingKey(model="sd15", token_ids=token_ids, clip_skip=1, alone=False)
 
 
 def embeds() -> dict[str, Tensor]:

@@ -11,10 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError, UnknownModelError, UnsupportedError, from_rpc_error
+from safelight.errors import (
+    FingerprintMismatchError,
+    InvalidRequestError,
+    UnknownModelError,
+    UnsupportedError,
+    from_rpc_error,
+)
 from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
 from safelight.v1.encoder_service_pb2_grpc import EncoderServiceStub
-from safelight.v1.work_pb2 import MediaInput
+from safelight.v1.work_pb2 import (
+    DETERMINISM_CLASS_EXACT,
+    DETERMINISM_CLASS_UNSPECIFIED,
+    MediaInput,
+    WorkContext,
+)
 from services.common.exchange import BytesPayload
 from services.encoder.service import build_encoder
 from services.encoder.settings import EncoderSettings
@@ -31,8 +42,12 @@ class Encoder:
         self._server = running.server
         self._stub = EncoderServiceStub(running.channel)
 
-    async def encode(self, *prompts: str, model: str = "tiny", clip_skip: int = 0) -> EncodeResponse:
-        return await self._stub.Encode(EncodeRequest(model=model, prompts=prompts, clip_skip=clip_skip), timeout=60)
+    async def encode(
+        self, *prompts: str, model: str = "tiny", clip_skip: int = 0, exact: bool = False
+    ) -> EncodeResponse:
+        determinism = DETERMINISM_CLASS_EXACT if exact else DETERMINISM_CLASS_UNSPECIFIED
+        request = EncodeRequest(model=model, prompts=prompts, clip_skip=clip_skip, determinism=determinism)
+        return await self._stub.Encode(request, timeout=60)
 
     async def failure(self, request: EncodeRequest) -> Exception:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -86,6 +101,30 @@ async def test_a_prompt_seen_before_comes_from_the_cache_with_the_same_bits(star
     assert encoder.metric("safelight_cache_hits_total", cache="embeddings") == 1
 
 
+async def test_an_exact_prompt_equals_its_solo_run_bit_for_bit_in_any_company(start: Start) -> None:
+    here, there = await start(cache_bytes=0), await start(batch_wait_seconds=0.1)
+    solo = (await here.encode("a cat", exact=True)).prompts[0]
+    company = [there.encode(f"prompt {number}", "a cat", exact=False) for number in range(3)]
+    ours, *_ = await asyncio.gather(there.encode("a cat", "a cat", "a dog", exact=True), *company)
+    for prompt in ours.prompts[:2]:
+        assert torch.equal(embeds(prompt), embeds(solo))
+    # Three of the exact class by themselves, the others together.
+    assert there.metric("safelight_batch_size_count", stage="encoder") == 3 + 1
+
+
+async def test_an_exact_prompt_never_comes_from_a_batch_by_way_of_the_cache(start: Start) -> None:
+    encoder = await start()
+    await encoder.encode("a cat", "a dog")
+    first, second = [(await encoder.encode("a cat", exact=True)).prompts[0].cached for _ in range(2)]
+    assert (first, second) == (False, True)
+
+
+async def test_a_request_planned_with_other_weights_is_refused(start: Start) -> None:
+    context = WorkContext(fingerprints={"encoder": "another"})
+    request = EncodeRequest(context=context, model="tiny", prompts=["a cat"])
+    assert isinstance(await (await start()).failure(request), FingerprintMismatchError)
+
+
 async def test_a_prompt_beyond_the_context_is_cut_and_the_cut_is_reported(start: Start) -> None:
     prompt = (await (await start()).encode(LONG_PROMPT)).prompts[0]
     assert prompt.token_count == 2 + 200 + 2
@@ -106,6 +145,7 @@ async def test_clip_skip_changes_the_conditioning(start: Start) -> None:
         (EncodeRequest(model="tiny", prompts=["a"] * 65), InvalidRequestError, "prompts"),
         (EncodeRequest(model="tiny", prompts=["a"], clip_skip=4), InvalidRequestError, "clip_skip"),
         (EncodeRequest(model="tiny", prompts=["a", "x" * 70_000]), InvalidRequestError, "prompts[1]"),
+        (EncodeRequest(model="tiny", prompts=["a"], determinism=9), InvalidRequestError, "determinism"),  # type: ignore[arg-type]  # as a later client might send
         (EncodeRequest(model="nothing", prompts=["a"]), UnknownModelError, "nothing"),
         (EncodeRequest(model="tiny", prompts=["a"], inputs=[MediaInput()]), UnsupportedError, "inputs"),
     ],

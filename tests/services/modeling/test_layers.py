@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.modeling import layers
 from services.modeling.layers import Conv2d, GatedLinear, Linear, Upsample, pack_weights, phase_kernels
 from services.modeling.packing import can_pack
 
@@ -22,10 +23,17 @@ LAYERS: dict[str, tuple[Callable[[], Linear | Conv2d], tuple[int, ...]]] = {
     "3x3, few channels": (lambda: Conv2d(4, 48, 3, padding=1), (2, 4, 6, 8)),
     "3x3, stride 2": (lambda: Conv2d(32, 48, 3, stride=2, padding=1), (2, 32, 5, 8)),
     "1x1": (lambda: Conv2d(32, 48, 1), (2, 32, 6, 8)),
+    "1x1, stride 2": (lambda: Conv2d(32, 48, 1, stride=2), (2, 32, 5, 8)),
 }
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+@pytest.fixture(autouse=True)
+def _layers_of_these_tests_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is meant for wide convolutions is tested on small ones, which are as exact as the tolerances."""
+    monkeypatch.setattr(layers, "_MIN_PACKED_CHANNELS", 32)
 
 
 def packed(layer: LayerT) -> LayerT:
@@ -66,10 +74,13 @@ def test_a_packed_weight_gives_the_original_back(case: str) -> None:
 
 
 @pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
+@pytest.mark.parametrize("channels", [8, 32])
 @pytest.mark.parametrize("pack", [pytest.param(True, marks=needs_packing), False])
-def test_upsampling_equals_nearest_neighbour_and_a_convolution(size: tuple[int, int] | None, pack: bool) -> None:
-    layer = Upsample(32).requires_grad_(False)
-    x = input_of((2, 32, 5, 7))
+def test_upsampling_equals_nearest_neighbour_and_a_convolution(
+    size: tuple[int, int] | None, channels: int, pack: bool
+) -> None:
+    layer = Upsample(channels).requires_grad_(False)
+    x = input_of((2, channels, 5, 7))
     repeated = F.interpolate(x, size=size or (10, 14), mode="nearest")
     expected = F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1)
     actual = (packed(layer) if pack else layer)(x, size)
@@ -80,6 +91,13 @@ def test_phase_kernels_keep_the_sum_of_the_weights() -> None:
     weight = torch.randn(5, 7, 3, 3)
     for kernel in phase_kernels(weight):
         torch.testing.assert_close(kernel.sum(dim=(2, 3)), weight.sum(dim=(2, 3)))
+
+
+@needs_packing
+@pytest.mark.parametrize("layer", [Conv2d(16, 48, 3, padding=1), Upsample(16)], ids=["conv", "upsample"])
+def test_narrow_convolutions_are_left_to_torch(layer: Conv2d | Upsample) -> None:
+    made = packed(layer)
+    assert not any(tensor.is_mkldnn for tensor in [made.weight, *(getattr(made, "_phases", None) or [])])
 
 
 def test_layers_that_cannot_be_packed_are_left_alone() -> None:

@@ -33,6 +33,7 @@ def test_group_norm_is_exact(
 
 
 @torch.inference_mode()
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    made, x = norm(torch.float32), torch.randn(3, 12, 9, 8).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("size", [(9, 8), (90, 80)])
+def test_a_picture_does_not_depend_on_its_batch(size: tuple[int, int]) -> None:
+    made, x = norm(torch.float32), torch.randn(3, 12, *size).contiguous(memory_format=torch.channels_last)
     assert torch.equal(made(x)[1:2], made(x[1:2].clone(memory_format=torch.channels_last)))
