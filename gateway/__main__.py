@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.service import build_gateway
+from gateway.service import build_gateway, make_surroundings
 from gateway.settings import GatewaySettings
 from services.common.metrics import Metrics
 from services.common.server import Service
@@ -10,8 +10,8 @@ from services.common.stage import run_server
 
 
 def _build(settings: GatewaySettings) -> tuple[Service, Metrics]:
-    metrics = Metrics()
-    return build_gateway(settings, metrics), metrics
+    surroundings = make_surroundings()
+    return build_gateway(settings, surroundings), surroundings.metrics
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +18,18 @@ from gateway.estimate import Estimate, RequestWork, estimate
 from gateway.plan import GenerationPlan
 from gateway.retry_times import RetryTimes
 from gateway.settings import GatewaySettings
-from gateway.work import Work
+from gateway.work import Work, steps_work
 from safelight.errors import DeadlineExceededError, DeadlineUnreachableError, OverloadedError
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, GenerationParameters, SamplingOptions
 from services.common.metrics import Metrics
 
 # gRPC ends a call at its deadline by a clock of its own.
 _TICK_SECONDS = 0.05
+# Steps are chosen for so much of the time: with as many as just fit, half of the requests would be late.
+_SPARE = 0.8
+
+Expected = Callable[[int], Estimate | None]
+"""The estimate of a request when it is run with so many steps."""
 
 
 @dataclass
@@ -112,7 +118,7 @@ class Admission:
         admitted.start()
         try:
             yield admitted
-        except (DeadlineExceededError, asyncio.CancelledError, GeneratorExit) as error:
+        except (DeadlineExceededError, asyncio.CancelledError) as error:
             spent = time.monotonic() - started + _TICK_SECONDS
             late = remaining_seconds is not None and spent >= remaining_seconds
             if late or isinstance(error, DeadlineExceededError):
@@ -127,43 +133,45 @@ class Admission:
 
     def _check(self, plan: GenerationPlan, remaining_seconds: float | None) -> Admitted:
         sampling = plan.images[0].sampling
-        known = self._estimate(plan, sampling.steps)
+        loads = [stage.load(plan.model.name) for stage in self._stages.all]
+
+        def expected(steps: int) -> Estimate | None:
+            return estimate(request_work(plan, steps), *loads)
+
+        known = expected(sampling.steps)
         if self._images + len(plan.images) > self._max_images:
             raise self._too_many(plan, known)
         if known is None or self._rules.fits(known, remaining_seconds):
             return Admitted(plan, known, self._stages)
-        steps = self._fewer_steps(plan, remaining_seconds)
+        steps = self._fewer_steps(sampling, expected, remaining_seconds)
         if steps is None:
-            best = self._estimate(plan, sampling.min_steps or sampling.steps) or known
-            raise self._refusal(plan, best, remaining_seconds)
-        return Admitted(_with_steps(plan, steps), self._estimate(plan, steps), self._stages)
+            raise self._refusal(expected(sampling.min_steps or sampling.steps) or known, remaining_seconds)
+        return Admitted(_with_steps(plan, steps), expected(steps), self._stages)
 
-    def _fewer_steps(self, plan: GenerationPlan, remaining_seconds: float | None) -> int | None:
+    def _fewer_steps(
+        self, sampling: SamplingOptions, expected: Expected, remaining_seconds: float | None
+    ) -> int | None:
         """The most steps that fit of those that the request allows; None: none do."""
-        sampling = plan.images[0].sampling
         if not 0 < sampling.min_steps < sampling.steps:
             return None
 
-        def fits(steps: int) -> bool:
-            known = self._estimate(plan, steps)
-            return known is None or self._rules.fits(known, remaining_seconds)
+        def fit(steps: int, seconds: float | None) -> bool:
+            known = expected(steps)
+            return known is None or self._rules.fits(known, seconds)
 
-        return most_steps(sampling.min_steps, sampling.steps - 1, fits)
+        spare = None if remaining_seconds is None else remaining_seconds * _SPARE
+        if most := most_steps(sampling.min_steps, sampling.steps - 1, lambda steps: fit(steps, spare)):
+            return most
+        return sampling.min_steps if fit(sampling.min_steps, remaining_seconds) else None
 
-    def _estimate(self, plan: GenerationPlan, steps: int) -> Estimate | None:
-        return estimate(request_work(plan, steps), *(stage.load(plan.model.name) for stage in self._stages.all))
-
-    def _refusal(
-        self, plan: GenerationPlan, best: Estimate, remaining_seconds: float | None
-    ) -> DeadlineUnreachableError | OverloadedError:
+    def _refusal(self, best: Estimate, remaining_seconds: float | None) -> DeadlineUnreachableError | OverloadedError:
         if remaining_seconds is not None and not self._rules.in_time(best.seconds, remaining_seconds):
-            return self._unreachable(plan, best, remaining_seconds)
+            return self._unreachable(best, remaining_seconds)
         return self._overloaded(best)
 
-    def _unreachable(self, plan: GenerationPlan, best: Estimate, remaining_seconds: float) -> DeadlineUnreachableError:
+    def _unreachable(self, best: Estimate, remaining_seconds: float) -> DeadlineUnreachableError:
         self._metrics.admission_refused.labels("deadline").inc()
-        # A moment in time comes no later for waiting; only a call that is made anew has its time again.
-        again = not plan.context.HasField("deadline") and self._rules.in_time(best.idle_seconds, remaining_seconds)
+        again = self._rules.in_time(best.idle_seconds, remaining_seconds)
         return DeadlineUnreachableError(
             f"the request would take about {best.seconds:.1f} s and has {remaining_seconds:.1f} s: allow more time, "
             "ask for fewer steps or a smaller picture, or allow fewer steps under load with sampling.min_steps",
@@ -205,12 +213,11 @@ class Admission:
 
 def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
     """What a plan asks of the stages when it is run with so many steps."""
-    parameters = plan.images[0]
-    model, shape = parameters.model, plan.latent_shape
-    rows = 2 if parameters.guidance.scale > 1 else 1
+    model, shape = plan.model.name, plan.latent_shape
+    exact = plan.determinism == DETERMINISM_CLASS_EXACT
     return RequestWork(
-        encode=Work(model, rows=2),
-        denoise=Work(model, shape, rows, steps),
+        encode=Work(model, rows=2),  # the prompt and the negative prompt
+        denoise=steps_work(model, shape, steps, plan.images[0].guidance.scale, exact),
         decode=Work(model, shape),
         images=len(plan.images),
     )
@@ -220,7 +227,7 @@ def _with_steps(plan: GenerationPlan, steps: int) -> GenerationPlan:
     """The same plan with fewer steps."""
     images = []
     for asked in plan.images:
-        image = type(asked)()
+        image = GenerationParameters()
         image.CopyFrom(asked)
         image.sampling.steps = steps
         images.append(image)

@@ -6,51 +6,11 @@ shorter. It leaves out transfers, which are short beside the computations.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from gateway.costs import Costs
 from gateway.work import Work
-from safelight.v1.load_service_pb2 import WorkCost
-
-Curve = dict[int, float]
-"""Seconds of a batch by its rows."""
-
-
-class Costs:
-    """Seconds of work as a replica has measured them."""
-
-    def __init__(self, measured: Iterable[WorkCost] = ()) -> None:
-        self._curves: dict[str, dict[tuple[int, ...], Curve]] = {}
-        for cost in measured:
-            curves = self._curves.setdefault(cost.model, {})
-            curves.setdefault(tuple(cost.latent_shape), {})[cost.rows] = cost.seconds
-
-    def seconds(self, work: Work, sharing: int = 1) -> float | None:
-        """Seconds of a piece of work whose passes are shared by so many alike; None: nothing like it was measured.
-
-        A latent shape that was not measured is scaled by its area from the nearest that was.
-        """
-        curves = self._curves.get(work.model, {})
-        alike = [shape for shape in curves if len(shape) == len(work.latent_shape)]
-        if not alike:
-            return None
-        area = math.prod(work.latent_shape)
-        nearest = min(alike, key=lambda shape: abs(math.log(math.prod(shape) / area)))
-        scale = area / math.prod(nearest)
-        return scale * work.passes * _pass_seconds(curves[nearest], work.rows * sharing)
-
-
-def _pass_seconds(curve: Curve, rows: int) -> float:
-    """Interpolated between measured sizes, in proportion to the nearest outside them."""
-    if rows in curve:
-        return curve[rows]
-    below = max((known for known in curve if known < rows), default=None)
-    above = min((known for known in curve if known > rows), default=None)
-    if below is None or above is None:
-        nearest = min(curve) if below is None else below
-        return curve[nearest] * rows / nearest
-    return curve[below] + (curve[above] - curve[below]) * (rows - below) / (above - below)
 
 
 @dataclass(frozen=True)
@@ -116,7 +76,7 @@ class StageTime:
 
     Args:
         ahead: seconds until the first replica would begin with it, if nobody shared.
-        each: seconds of one piece on the fastest replica.
+        each: seconds of the fastest replica's device for one piece, among others.
         alone: seconds that all pieces take on an idle stage.
         done: seconds until they are done.
     """
@@ -136,7 +96,7 @@ def stage_time(stage: StageLoad, work: Work, count: int, shared: bool) -> StageT
         count: pieces.
         shared: whether replicas take turns between all that they have, pass by pass, as denoisers do.
     """
-    measured = [(load, load.costs.seconds(work)) for load in stage.spread()]
+    measured = [(load, load.costs.device_seconds(work)) for load in stage.spread()]
     loads = [load for load, seconds in measured if seconds is not None]
     if not loads:
         return None
@@ -150,30 +110,31 @@ def stage_time(stage: StageLoad, work: Work, count: int, shared: bool) -> StageT
 
 def _done(loads: Sequence[ReplicaLoad], work: Work, count: int, shared: bool) -> float:
     """Seconds until the last of the pieces is done, each given to the replica that is done with it first."""
-    alone = [load.costs.seconds(work) for load in loads]
-    queues = [_Queue(load, seconds) for load, seconds in zip(loads, alone, strict=True) if seconds is not None]
+    queues = [_Queue(load, work) for load in loads]
     for _ in range(count):
-        min(queues, key=lambda queue: queue.done + queue.seconds).pieces += 1
-    return max(queue.shared_done(work) if shared else queue.done for queue in queues if queue.pieces)
+        min(queues, key=lambda queue: queue.done(queue.pieces + 1)).pieces += 1
+    used = [queue for queue in queues if queue.pieces]
+    return max(queue.shared_done() if shared else queue.done(queue.pieces) for queue in used)
 
 
-@dataclass
 class _Queue:
     """A replica's queue with pieces of a request at its end."""
 
-    load: ReplicaLoad
-    seconds: float
-    pieces: int = 0
+    def __init__(self, load: ReplicaLoad, work: Work) -> None:
+        self.pieces = 0
+        self._load = load
+        self._work = work
+        self._alone = load.costs.seconds(work) or 0.0
+        self._each = load.costs.device_seconds(work) or 0.0
 
-    @property
-    def done(self) -> float:
-        return self.load.backlog_seconds + self.pieces * self.seconds
+    def done(self, pieces: int) -> float:
+        """Seconds until so many pieces are done when nobody overtakes."""
+        return self._load.backlog_seconds + self._alone + (pieces - 1) * self._each
 
-    def shared_done(self, work: Work) -> float:
-        """When all take turns, the request is done long before what is longer than it."""
-        sharing = self.load.costs.seconds(work, self.load.requests + self.pieces)
-        assert sharing is not None
-        return min(self.done, sharing)
+    def shared_done(self) -> float:
+        """The same when all take turns: then the request is done long before what is longer than it."""
+        sharing = self._load.costs.seconds(self._work, self._load.requests + self.pieces) or 0.0
+        return min(self.done(self.pieces), sharing)
 
 
 @dataclass(frozen=True)

@@ -1,136 +1,169 @@
-"""The life of one generation request: check, admit, make every picture, stream what happens."""
+"""The life of one generation request: check, admit, make every picture, tell what happens."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from gateway.admission import Admission
+from gateway.admission import Admission, Admitted
 from gateway.catalog import Stages
+from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
 from gateway.leases import Leases
+from gateway.ledger import Ledger
 from gateway.picture import Picture
 from gateway.plan import GenerationPlan, make_plan
 from gateway.prompt_encoding import PromptEncoding
+from gateway.report import Emit, Report
 from gateway.settings import GatewaySettings
 from gateway.stage_calls import StageCalls
 from gateway.validation import check_generate
-from safelight.errors import DeadlineExceededError
-from safelight.v1.generation_service_pb2 import GenerateAccepted, GenerateRequest, GenerateResponse, GenerateResult
-from services.common.channels import ChannelPool
+from safelight.errors import DeadlineExceededError, FingerprintMismatchError
+from safelight.v1.generation_service_pb2 import (
+    GenerateAccepted,
+    GenerateRequest,
+    GenerateResponse,
+    GenerateResult,
+    ImageReceipt,
+)
+from safelight.v1.work_pb2 import WorkContext
+from services.common.exchange import TensorReader, TensorStore
 from services.common.metrics import Metrics
 from services.common.request_context import request_id
-
-# Events that may wait for a slow client before its pictures wait too.
-_EVENT_BUFFER = 64
-
-EventQueue = asyncio.Queue[GenerateResponse | Exception]
 
 
 @dataclass
 class Generation:
-    """Runs requests against the stages."""
+    """Runs requests against the stages.
+
+    Args:
+        stages: the replicas.
+        reader: fetches checkpoints.
+        store: hands them out.
+        leases: tells the stages which tensors are done with.
+        settings: the gateway's.
+        metrics: the gateway's.
+        admission: lets requests in, or refuses them.
+        credits: bound the pictures that are in the stages at once.
+    """
 
     stages: Stages
-    channels: ChannelPool
+    reader: TensorReader
+    store: TensorStore
+    leases: Leases
     settings: GatewaySettings
     metrics: Metrics
     admission: Admission
     credits: Credits
-    _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def run(
-        self, request: GenerateRequest, remaining_seconds: float | None
-    ) -> AsyncGenerator[GenerateResponse, None]:
-        """Everything that happens to a request, in order. Closing the iterator stops its work within one step.
+    async def run(self, request: GenerateRequest, remaining_seconds: float | None, emit: Emit) -> None:
+        """Make what a request asks for. Cancelling it stops its work within one step.
 
         Args:
-            request: what to make.
-            remaining_seconds: time left to the call; None: no limit.
+            request: what to make, with a request id.
+            remaining_seconds: time left to it beside its own deadline; None: no limit.
+            emit: takes everything that happens to it, in order; the last is its result.
 
         Raises:
             SafelightError: of the kinds that GenerationService.Generate documents.
         """
+        request_id.set(request.context.request_id)
         model = self.stages.find(request.model)
         check_generate(request, model)
         asked = make_plan(request, model)
-        request_id.set(asked.request_id)
-        deadline = _deadline(asked, remaining_seconds)
-        with self.admission.admit(asked, None if deadline is None else deadline - time.monotonic()) as admitted:
-            plan, calls = admitted.plan, StageCalls(self.stages, deadline, admitted.given)
-            accepted = GenerateAccepted(
-                request_id=plan.request_id, images=plan.images, estimated_seconds=admitted.estimated_seconds
-            )
-            yield GenerateResponse(accepted=accepted)
-            async with aclosing(self._make_pictures(plan, calls)) as events:
-                async for event in events:
-                    yield event
-
-    async def _make_pictures(self, plan: GenerationPlan, calls: StageCalls) -> AsyncGenerator[GenerateResponse, None]:
-        events: EventQueue = asyncio.Queue(_EVENT_BUFFER)
-        leases = Leases(self.channels)
-        task = asyncio.create_task(_run(self._pictures(plan, calls, leases, events), events))
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if event.HasField("result"):
-                    return
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            self._release(leases)
-
-    def _pictures(
-        self, plan: GenerationPlan, calls: StageCalls, leases: Leases, events: EventQueue
-    ) -> Sequence[Picture]:
-        attempts = self.settings.max_attempts
-        encoding = PromptEncoding(plan, calls, leases, self.metrics, attempts, self.settings.encode_seconds)
-        return [
-            Picture(plan, index, encoding, calls, self.credits, leases, events.put, self.metrics, attempts)
-            for index in range(len(plan.images))
-        ]
-
-    def _release(self, leases: Leases) -> None:
-        """Acknowledge a request's leases without holding up its end."""
-        task = asyncio.create_task(leases.release())
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
-
-
-async def _run(pictures: Sequence[Picture], events: EventQueue) -> None:
-    """Make all pictures at once; the result, or what went wrong with the first that failed, is the last event."""
-    tasks = [asyncio.create_task(picture.make()) for picture in pictures]
-    try:
-        receipts = await asyncio.gather(*tasks)
-    except Exception as error:  # handed to the stream, which raises it
-        await events.put(error)
-    else:
+        seconds = _remaining_seconds(asked.context, remaining_seconds)
+        with self.admission.admit(asked, seconds) as admitted:
+            calls = StageCalls(self.stages, self.settings, _set_deadline(asked.context, seconds), admitted.given)
+            emit(_accepted(admitted))
+            receipts = await self._follow_plan(request, admitted.plan, calls, emit)
         result = GenerateResult(images=receipts)
         result.completed_at.GetCurrentTime()
-        await events.put(GenerateResponse(result=result))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        emit(GenerateResponse(result=result))
+
+    async def _follow_plan(
+        self, request: GenerateRequest, plan: GenerationPlan, calls: StageCalls, emit: Emit
+    ) -> Sequence[ImageReceipt]:
+        """Make all pictures; if their weights are being replaced, with the new ones, unless a file has been begun."""
+        reports = [Report(index, emit, self.metrics) for index in range(len(plan.images))]
+        ledgers = [Ledger(self.metrics) for _ in reports]
+        while True:
+            try:
+                return await self._make(plan, calls, reports, ledgers)
+            except FingerprintMismatchError:
+                renewed = plan.with_model(self.stages.find(plan.model.name))
+                if renewed.fingerprints == plan.fingerprints or any(report.sent_bytes for report in reports):
+                    raise
+                check_generate(request, renewed.model)
+                plan = renewed
+
+    async def _make(
+        self, plan: GenerationPlan, calls: StageCalls, reports: Sequence[Report], ledgers: Sequence[Ledger]
+    ) -> Sequence[ImageReceipt]:
+        """All pictures at once; the first that fails ends the others."""
+        encoding = PromptEncoding(plan, calls, self.metrics, self.settings.max_attempts)
+        tasks = [
+            asyncio.create_task(self._make_one(plan, encoding, calls, report, ledger))
+            for report, ledger in zip(reports, ledgers, strict=True)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.leases.release(encoding.refs)
+
+    async def _make_one(
+        self, plan: GenerationPlan, encoding: PromptEncoding, calls: StageCalls, report: Report, ledger: Ledger
+    ) -> ImageReceipt:
+        """One picture; whatever way it ends, nothing of it is left at a stage or here."""
+        checkpoints = Checkpoints(self.reader, self.store, self.leases, self.metrics)
+        picture = Picture(
+            plan,
+            report.index,
+            encoding,
+            calls,
+            self.credits,
+            checkpoints,
+            ledger,
+            report,
+            self.settings,
+            self.metrics,
+        )
+        try:
+            return await picture.make()
+        finally:
+            checkpoints.close()
+            self.leases.release(picture.refs)
 
 
-def _deadline(plan: GenerationPlan, remaining_seconds: float | None) -> float | None:
-    """The earlier of the call's deadline and the work's own, as `time.monotonic()`.
+def _accepted(admitted: Admitted) -> GenerateResponse:
+    plan = admitted.plan
+    accepted = GenerateAccepted(
+        request_id=plan.context.request_id, images=plan.images, estimated_seconds=admitted.estimated_seconds
+    )
+    return GenerateResponse(accepted=accepted)
+
+
+def _remaining_seconds(context: WorkContext, call_seconds: float | None) -> float | None:
+    """Time until the earlier of the call's deadline and the work's own; None: it has neither.
 
     Raises:
         DeadlineExceededError: the work's own has passed.
     """
-    limits = [] if remaining_seconds is None else [remaining_seconds]
-    if plan.context.HasField("deadline"):
-        limits.append(plan.context.deadline.ToNanoseconds() / 1e9 - time.time())
-    if not limits:
-        return None
-    if min(limits) <= 0:
+    limits = [] if call_seconds is None else [call_seconds]
+    if context.HasField("deadline"):
+        limits.append(context.deadline.ToNanoseconds() / 1e9 - time.time())
+    if limits and min(limits) <= 0:
         raise DeadlineExceededError("context.deadline has passed already; give a later one")
-    return time.monotonic() + min(limits)
+    return min(limits, default=None)
+
+
+def _set_deadline(context: WorkContext, seconds: float | None) -> float | None:
+    """Tell the stages of the deadline; returns it as `time.monotonic()`."""
+    if seconds is None:
+        return None
+    context.deadline.FromNanoseconds(round((time.time() + seconds) * 1e9))
+    return time.monotonic() + seconds

@@ -1,14 +1,15 @@
-"""The leases that a request leaves behind at the stages, acknowledged when it has ended."""
+"""Telling the stages that tensors of theirs are done with."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from safelight.v1.tensor_exchange_service_pb2 import ReleaseRequest
 from safelight.v1.tensor_exchange_service_pb2_grpc import TensorExchangeServiceStub
-from safelight.v1.tensor_pb2 import Conditioning, TensorRef
+from safelight.v1.tensor_pb2 import TensorRef
 from services.common.channels import ChannelPool
 
 _RELEASE_SECONDS = 5.0
@@ -16,28 +17,28 @@ _RELEASE_SECONDS = 5.0
 
 @dataclass
 class Leases:
-    """Collects the references of one request. A holder that can't be told lets its leases expire."""
+    """Ends leases in the background, so that nothing waits for it. A holder that can't be told lets them expire."""
 
     channels: ChannelPool
-    _tickets: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def note(self, ref: TensorRef) -> None:
-        """Remember a reference, if it is a lease."""
-        if ref.HasField("lease"):
-            self._tickets[ref.lease.endpoint].append(ref.lease.ticket)
+    def release(self, refs: Iterable[TensorRef]) -> None:
+        """Tell every holder of these tensors; those that ride inline have none."""
+        tickets: defaultdict[str, list[str]] = defaultdict(list)
+        for ref in refs:
+            if ref.HasField("lease"):
+                tickets[ref.lease.endpoint].append(ref.lease.ticket)
+        for endpoint, of_holder in tickets.items():
+            task = asyncio.create_task(self._tell(endpoint, of_holder))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
 
-    def note_conditioning(self, conditioning: Conditioning) -> None:
-        """Remember every tensor of a prompt's conditioning."""
-        for named in conditioning.tensors:
-            self.note(named.tensor)
+    async def settle(self) -> None:
+        """Returns when every holder has been told, or given up."""
+        await asyncio.gather(*self._releases)
 
-    async def release(self) -> None:
-        """Tell every holder, all at once."""
-        calls = [
-            TensorExchangeServiceStub(self.channels.get(endpoint)).Release(
-                ReleaseRequest(tickets=tickets), timeout=_RELEASE_SECONDS
-            )
-            for endpoint, tickets in self._tickets.items()
-        ]
-        self._tickets.clear()
-        await asyncio.gather(*calls, return_exceptions=True)
+    async def _tell(self, endpoint: str, tickets: list[str]) -> None:
+        stub = TensorExchangeServiceStub(self.channels.get(endpoint))
+        await asyncio.gather(
+            stub.Release(ReleaseRequest(tickets=tickets), timeout=_RELEASE_SECONDS), return_exceptions=True
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.estimate import Costs, ReplicaLoad
+from gateway.costs import Costs
+from gateway.estimate import ReplicaLoad
 from gateway.work import Work
 from safelight.v1.load_service_pb2 import GetLoadResponse
 
@@ -17,7 +18,7 @@ class Given:
     """A piece of work that was given to a replica.
 
     Args:
-        seconds: what it takes there; 0 if nothing like it was measured.
+        seconds: what it takes of the device there; 0 if nothing like it was measured.
         at: when it was given.
     """
 
@@ -40,7 +41,7 @@ class Backlog:
 
     def give(self, work: Work, now: float) -> Given:
         """Count a piece of work until `take_back`."""
-        given = Given(self.costs.seconds(work) or 0.0, now)
+        given = Given(self.costs.device_seconds(work) or 0.0, now)
         self._given.add(given)
         return given
 

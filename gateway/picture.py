@@ -1,29 +1,32 @@
-"""The road of one picture: encode, denoise, decode, with what is safe to repeat repeated.
+"""The road of one picture: encode, denoise, decode, with what is lost made again.
 
-When the tensors between two stages are lost, the picture takes its road again from the start. Once the first bytes of
-its file are on their way to the client, nothing is repeated.
+When the tensors between two stages are lost, the picture takes its road again: from its newest checkpoint where there
+is one. When a decoder is lost in the middle of the file, the file is written again and sent again from its first
+byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
-from gateway.leases import Leases
+from gateway.denoising import Denoising
+from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
-from gateway.prompt_encoding import PromptEncoding
+from gateway.prompt_encoding import Encoded, PromptEncoding
+from gateway.report import Report
 from gateway.retry import Attempts, InputsLostError
+from gateway.settings import GatewaySettings
 from gateway.stage_calls import StageCallError, StageCalls
+from safelight.errors import InternalError
 from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult
-from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse, DenoiseResult
-from safelight.v1.encoder_service_pb2 import EncodeResponse
-from safelight.v1.generation_service_pb2 import GenerateProgress, GenerateQueued, GenerateResponse, ImageReceipt
-from safelight.v1.work_pb2 import FileChunk, GenerationParameters
+from safelight.v1.denoiser_service_pb2 import DenoiseResult
+from safelight.v1.generation_service_pb2 import ImageReceipt
+from safelight.v1.tensor_pb2 import TensorRef
+from safelight.v1.work_pb2 import GenerationParameters, StageTiming
 from services.common.metrics import Metrics
-
-Emit = Callable[[GenerateResponse], Awaitable[None]]
 
 
 @dataclass
@@ -36,10 +39,12 @@ class Picture:
         encoding: the request's prompts, encoded.
         calls: the stages.
         credits: one is held while the picture is in the stages.
-        leases: takes the reference of the latent.
-        emit: takes progress and file chunks.
+        checkpoints: the picture's own.
+        ledger: takes what it costs.
+        report: takes what the client is told.
+        settings: how often to try.
         metrics: where retries are counted.
-        max_attempts: times each stage is tried.
+        refs: the latents that denoisers hold for the picture.
     """
 
     plan: GenerationPlan
@@ -47,11 +52,12 @@ class Picture:
     encoding: PromptEncoding
     calls: StageCalls
     credits: Credits
-    leases: Leases
-    emit: Emit
+    checkpoints: Checkpoints
+    ledger: Ledger
+    report: Report
+    settings: GatewaySettings
     metrics: Metrics
-    max_attempts: int
-    _sent_bytes: int = 0
+    refs: list[TensorRef] = field(default_factory=list)
 
     @property
     def parameters(self) -> GenerationParameters:
@@ -64,58 +70,46 @@ class Picture:
         Raises:
             SafelightError: a stage refused the request, or no replica could do its part.
         """
-        runs_left = self.max_attempts
-        while True:
-            try:
-                async with self.credits.held(self.calls.remaining_seconds()):
+        async with self.credits.held(self.calls.remaining_seconds()):
+            runs_left = self.settings.max_attempts
+            while True:
+                reached = self.ledger.steps_reached
+                try:
                     return await self._run_stages()
-            except InputsLostError as lost:
-                runs_left -= 1
-                if self._sent_bytes or runs_left <= 0:
-                    raise lost.error from lost
+                except InputsLostError as lost:
+                    runs_left = self.settings.max_attempts if self.ledger.steps_reached > reached else runs_left - 1
+                    if runs_left <= 0:
+                        raise lost.error from lost
 
     async def _run_stages(self) -> ImageReceipt:
-        await self._progress("encoder", 0, 1)
+        self.report.progress("encoder", 0, 1)
         encoded = await self.encoding.get()
-        await self._progress("encoder", 1, 1)
+        self.ledger.note_encoded(encoded.timings)
+        self.report.progress("encoder", 1, 1)
         try:
             denoised = await self._denoise(encoded)
         except InputsLostError:
             self.encoding.drop(encoded)
             raise
-        await self._progress("decoder", 0, 1)
+        self.report.progress("decoder", 0, 1)
         decoded = await self._decode(denoised)
-        await self._progress("decoder", 1, 1)
+        self.report.progress("decoder", 1, 1)
         return self._receipt(encoded, denoised, decoded)
 
-    async def _denoise(self, encoded: EncodeResponse) -> DenoiseResult:
-        positive, negative = encoded.prompts
-        request = DenoiseRequest(
-            context=self.plan.context,
-            model=self.parameters.model,
-            conditioning=positive.conditioning,
-            negative_conditioning=negative.conditioning,
-            latent_shape=self.plan.latent_shape,
-            sampling=self.parameters.sampling,
-            guidance=self.parameters.guidance,
-            seed=self.parameters.seed,
+    async def _denoise(self, encoded: Encoded) -> DenoiseResult:
+        denoising = Denoising(
+            self.plan,
+            self.index,
+            self.calls,
+            self.checkpoints,
+            self.ledger,
+            self.report,
+            self.settings,
+            self.metrics,
         )
-        attempts = Attempts("denoiser", self.max_attempts, self.metrics)
-        while True:
-            try:
-                result = await self.calls.denoise(request, attempts.failed, self._report_denoise)
-            except StageCallError as failure:
-                attempts.note(failure)
-            else:
-                self.leases.note(result.latents)
-                return result
-
-    async def _report_denoise(self, event: DenoiseResponse) -> None:
-        if event.HasField("progress"):
-            await self._progress("denoiser", event.progress.step, event.progress.steps)
-        elif event.HasField("queued"):
-            queued = GenerateQueued(image_index=self.index, stage="denoiser", position=event.queued.position)
-            await self.emit(GenerateResponse(queued=queued))
+        denoised = await denoising.run(encoded)
+        self.refs.append(denoised.latents)
+        return denoised
 
     async def _decode(self, denoised: DenoiseResult) -> DecodeResult:
         request = DecodeRequest(
@@ -125,46 +119,42 @@ class Picture:
             output=self.plan.output,
             parameters=self.parameters,
         )
-        attempts = Attempts("decoder", self.max_attempts, self.metrics)
+        attempts = Attempts("decoder", self.settings.max_attempts, self.metrics)
         while True:
             try:
                 return await self._relay(request, attempts)
             except StageCallError as failure:
-                if self._sent_bytes:
-                    raise failure.error from failure
+                if failure.loss is not None:
+                    self.ledger.timings.append(StageTiming(stage="decoder", replica=failure.replica.address))
                 attempts.note(failure)
 
     async def _relay(self, request: DecodeRequest, attempts: Attempts) -> DecodeResult:
         """Send the file's chunks on as they come; returns the decoder's result."""
-        result = DecodeResult()
+        offset = 0
         async with aclosing(self.calls.decode(request, attempts.failed)) as events:
             async for event in events:
-                if event.HasField("chunk"):
-                    await self._send(event.chunk)
-                else:
-                    result = event.result
-        return result
+                if event.HasField("result"):
+                    self.ledger.timings.append(event.result.timing)
+                    return event.result
+                event.chunk.offset = offset
+                offset += len(event.chunk.data)
+                self.report.chunk(event.chunk)
+        raise InternalError("a decoder ended its stream without a result")
 
-    async def _send(self, chunk: FileChunk) -> None:
-        chunk.file_index = self.index
-        self._sent_bytes += len(chunk.data)
-        self.metrics.file_bytes.inc(len(chunk.data))
-        await self.emit(GenerateResponse(chunk=chunk))
-
-    async def _progress(self, stage: str, step: int, steps: int) -> None:
-        progress = GenerateProgress(image_index=self.index, stage=stage, step=step, steps=steps)
-        await self.emit(GenerateResponse(progress=progress))
-
-    def _receipt(self, encoded: EncodeResponse, denoised: DenoiseResult, decoded: DecodeResult) -> ImageReceipt:
-        positive, negative = encoded.prompts
+    def _receipt(self, encoded: Encoded, denoised: DenoiseResult, decoded: DecodeResult) -> ImageReceipt:
+        ledger = self.ledger
         return ImageReceipt(
             image_index=self.index,
             parameters=self.parameters,
-            timings=[encoded.timing, denoised.timing, decoded.timing],
-            steps_run=denoised.steps_run,
-            steps_saved=self.plan.steps_saved,
+            timings=ledger.timings,
+            steps_run=ledger.steps_run,
             determinism=denoised.determinism,
-            token_count=positive.token_count,
-            truncated_prompt=positive.truncated_text,
-            truncated_negative_prompt=negative.truncated_text,
+            token_count=encoded.positive.token_count,
+            truncated_prompt=encoded.positive.truncated_text,
+            truncated_negative_prompt=encoded.negative.truncated_text,
+            steps_recomputed=ledger.steps_recomputed,
+            steps_saved=self.plan.steps_saved,
+            output=self.plan.output,
+            file_size=decoded.file_size,
+            file_sha256=decoded.sha256,
         )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import (
+    DeterminismClass,
     GenerationParameters,
     GuidanceOptions,
     OutputOptions,
+    PreviewOptions,
     SamplingOptions,
     WorkContext,
 )
@@ -25,11 +26,13 @@ class GenerationPlan:
 
     Args:
         model: description of the model.
-        context: who asks, with the request's id and deadline.
+        context: who asks, with the request's deadline and the fingerprints of the weights that are to make it.
         images: the parameters of each picture.
         latent_shape: [C, H, W] of every picture's latent.
         output: how the files are written.
-        steps_saved: steps that were asked for and left out, as `min_steps` allows.
+        determinism: how equal repeated runs must be.
+        preview: when to send previews.
+        steps_saved: steps that were asked for and are left out of every picture.
     """
 
     model: ModelDescription
@@ -37,12 +40,22 @@ class GenerationPlan:
     images: Sequence[GenerationParameters]
     latent_shape: tuple[int, int, int]
     output: OutputOptions
+    determinism: DeterminismClass.ValueType
+    preview: PreviewOptions
     steps_saved: int = 0
 
     @property
-    def request_id(self) -> str:
-        """Names the request in every stage's log."""
-        return self.context.request_id
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of the weights of each stage."""
+        return self.context.fingerprints
+
+    def with_model(self, model: ModelDescription) -> GenerationPlan:
+        """The plan for another revision of its model: other weights, all else as it was told to the client."""
+        context, images = WorkContext(), [_copy(image) for image in self.images]
+        context.CopyFrom(self.context)
+        for fingerprints in (context.fingerprints, *(image.fingerprints for image in images)):
+            fingerprints.update(_fingerprints(model))
+        return replace(self, model=model, context=context, images=images)
 
 
 def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
@@ -51,18 +64,36 @@ def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPl
     factor = model.decoder.scale_factor
     return GenerationPlan(
         model=model,
-        context=_context(request),
+        context=_context(request, model),
         images=[_parameters(request, model, width, height, seed) for seed in _seeds(request)],
         latent_shape=(model.denoiser.latent_channels, height // factor, width // factor),
         output=request.output,
+        determinism=request.determinism,
+        preview=request.preview,
     )
 
 
-def _context(request: GenerateRequest) -> WorkContext:
+def _context(request: GenerateRequest, model: ModelDescription) -> WorkContext:
     context = WorkContext()
     context.CopyFrom(request.context)
-    context.request_id = context.request_id or uuid.uuid4().hex
+    context.fingerprints.clear()
+    context.fingerprints.update(_fingerprints(model))
     return context
+
+
+def _copy(image: GenerationParameters) -> GenerationParameters:
+    copied = GenerationParameters()
+    copied.CopyFrom(image)
+    return copied
+
+
+def _fingerprints(model: ModelDescription) -> dict[str, str]:
+    """Of the weights of each stage."""
+    return {
+        "encoder": model.encoder.fingerprint,
+        "denoiser": model.denoiser.fingerprint,
+        "decoder": model.decoder.fingerprint,
+    }
 
 
 def _size(request: GenerateRequest, model: ModelDescription) -> tuple[int, int]:
@@ -95,11 +126,7 @@ def _parameters(
         guidance=_guidance(request.guidance, model),
         clip_skip=request.clip_skip or model.encoder.default_clip_skip,
         seed=seed,
-        fingerprints={
-            "encoder": model.encoder.fingerprint,
-            "denoiser": model.denoiser.fingerprint,
-            "decoder": model.decoder.fingerprint,
-        },
+        fingerprints=_fingerprints(model),
     )
 
 

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.leases import Leases
 from gateway.plan import GenerationPlan
 from gateway.retry import Attempts
 from gateway.stage_calls import StageCallError, StageCalls
-from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
+from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
+from safelight.v1.tensor_pb2 import TensorRef
+from safelight.v1.work_pb2 import StageTiming
 from services.common.metrics import Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A request's prompts, encoded.
+
+    positive: the prompt.
+    negative: the negative prompt.
+    timings: what each encoder spent on them, those that were lost included.
+    """
+
+    positive: EncodedPrompt
+    negative: EncodedPrompt
+    timings: Sequence[StageTiming]
 
 
 @dataclass
@@ -20,50 +36,61 @@ class PromptEncoding:
     Args:
         plan: the request.
         calls: the stages.
-        leases: takes the references of the conditioning.
         metrics: where retries are counted.
         max_attempts: times the encoder is tried.
-        limit_seconds: longest time for one call.
+        refs: the tensors that encoders hold for the request.
     """
 
     plan: GenerationPlan
     calls: StageCalls
-    leases: Leases
     metrics: Metrics
     max_attempts: int
-    limit_seconds: float
-    _response: EncodeResponse | None = None
+    refs: list[TensorRef] = field(default_factory=list)
+    _encoded: Encoded | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def get(self) -> EncodeResponse:
-        """The prompt's conditioning and the negative prompt's, in this order.
+    async def get(self) -> Encoded:
+        """The prompts' conditioning.
 
         Raises:
             SafelightError: the encoder refused the prompts, or no replica could encode them.
         """
         async with self._lock:
-            if self._response is None:
-                self._response = await self._encode()
-                for prompt in self._response.prompts:
-                    self.leases.note_conditioning(prompt.conditioning)
-            return self._response
+            if self._encoded is None:
+                self._encoded = await self._encode()
+            return self._encoded
 
-    def drop(self, lost: EncodeResponse) -> None:
+    def drop(self, lost: Encoded) -> None:
         """Forget a response whose tensors are gone, unless another picture has replaced it already."""
-        if self._response is lost:
-            self._response = None
+        if self._encoded is lost:
+            self._encoded = None
 
-    async def _encode(self) -> EncodeResponse:
+    async def _encode(self) -> Encoded:
+        request = self._request()
+        attempts = Attempts("encoder", self.max_attempts, self.metrics)
+        lost: list[StageTiming] = []
+        while True:
+            try:
+                response = await self.calls.encode(request, attempts.failed)
+            except StageCallError as failure:
+                if failure.loss is not None:
+                    lost.append(StageTiming(stage="encoder", replica=failure.replica.address))
+                attempts.note(failure)
+            else:
+                return self._noted(response, lost)
+
+    def _request(self) -> EncodeRequest:
         parameters = self.plan.images[0]
-        request = EncodeRequest(
+        return EncodeRequest(
             context=self.plan.context,
             model=parameters.model,
             prompts=[parameters.prompt, parameters.negative_prompt],
             clip_skip=parameters.clip_skip,
+            determinism=self.plan.determinism,
         )
-        attempts = Attempts("encoder", self.max_attempts, self.metrics)
-        while True:
-            try:
-                return await self.calls.encode(request, attempts.failed, self.limit_seconds)
-            except StageCallError as failure:
-                attempts.note(failure)
+
+    def _noted(self, response: EncodeResponse, lost: Sequence[StageTiming]) -> Encoded:
+        positive, negative = response.prompts
+        for prompt in (positive, negative):
+            self.refs.extend(named.tensor for named in prompt.conditioning.tensors)
+        return Encoded(positive, negative, [*lost, response.timing])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gateway.replicas import Replica
 from gateway.stage_calls import StageCallError
 from safelight.errors import (
+    FingerprintMismatchError,
     LeaseExpiredError,
     OverloadedError,
     SafelightError,
@@ -15,7 +16,7 @@ from safelight.errors import (
 )
 from services.common.metrics import Metrics
 
-_REPEATABLE = (OverloadedError, StageUnavailableError)
+_REPEATABLE = (OverloadedError, StageUnavailableError, FingerprintMismatchError)
 
 
 class InputsLostError(Exception):
@@ -31,13 +32,14 @@ class Attempts:
     """The tries of one stage for one picture: how many are left, and which replicas have failed.
 
     Every stage is a pure function of its request, so any of them may run again: on another replica when one can't be
-    reached, is stopping or is full.
+    reached, is stopping, is full, or has other weights. One that hands its work back has not failed.
     """
 
     stage: str
-    left: int
+    most: int
     metrics: Metrics
     failed: set[Replica] = field(default_factory=set)
+    _used: int = 0
 
     def note(self, failure: StageCallError) -> None:
         """Returns if the stage is to be tried again.
@@ -46,12 +48,23 @@ class Attempts:
             InputsLostError: it is of no use before the stage ahead of it has run again.
             SafelightError: the stage's own error, if another try would not help.
         """
-        error = failure.error
-        holder_gone = isinstance(error, StageUnavailableError) and "endpoint" in error.metadata
-        if holder_gone or isinstance(error, (LeaseExpiredError, TensorCorruptError)):
-            raise InputsLostError(error) from failure
-        self.left -= 1
+        if _inputs_lost(failure.error):
+            raise InputsLostError(failure.error) from failure
         self.failed.add(failure.replica)
-        if self.left <= 0 or not (failure.unreachable or isinstance(error, _REPEATABLE)):
-            raise error from failure
+        self._used += failure.loss != "drain"
+        if self._used >= self.most or not (failure.loss or isinstance(failure.error, _REPEATABLE)):
+            raise failure.error from failure
         self.metrics.retries.labels(self.stage).inc()
+
+    def note_progress(self) -> None:
+        """The work has come further than ever before: what failed until now is forgiven."""
+        self._used = 0
+        self.failed.clear()
+
+
+def _inputs_lost(error: SafelightError) -> bool:
+    """Whether a tensor of the request is gone, damaged, or made by other weights than those it was planned with."""
+    if isinstance(error, FingerprintMismatchError):
+        return not error.metadata.get("field", "").startswith("context.")
+    holder_gone = isinstance(error, StageUnavailableError) and "endpoint" in error.metadata
+    return holder_gone or isinstance(error, (LeaseExpiredError, TensorCorruptError))

@@ -1,46 +1,59 @@
-"""One call to one replica of each stage: message in, message out, progress on the way.
+"""One call to one replica of each stage: message in, message out, events on the way.
 
-Each call picks its replica, counts as that replica's outstanding work, and carries the request's deadline. A replica
-that can't be reached is left out from then on.
+Each call picks its replica, waits for one if none is healthy, counts as that replica's outstanding work, and carries
+the request's deadline. A replica that can't be reached, stops, or falls silent is left out until its next good probe.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import grpc
 
 from gateway.catalog import Stages
 from gateway.replicas import Replica, ReplicaSet
+from gateway.settings import GatewaySettings
+from gateway.watch import SilenceError, answer_within, events_within
 from gateway.work import Work, decode_work, denoise_work, encode_work
-from safelight.errors import InternalError, SafelightError, from_rpc_error
-from safelight.v1 import (
-    decoder_service_pb2,
-    decoder_service_pb2_grpc,
-    denoiser_service_pb2,
-    denoiser_service_pb2_grpc,
-    encoder_service_pb2,
-    encoder_service_pb2_grpc,
+from safelight.errors import (
+    DeadlineExceededError,
+    SafelightError,
+    StageDrainingError,
+    StageUnavailableError,
+    UnknownModelError,
+    from_rpc_error,
 )
+from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse
+from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
+from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
+from safelight.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
+from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
+from safelight.v1.encoder_service_pb2_grpc import EncoderServiceStub
+from safelight.v1.work_pb2 import WorkContext
+
+_LOOK_SECONDS = 0.02
+Loss = Literal["death", "silence", "drain"]
 
 
 class StageCallError(Exception):
     """A stage call failed.
 
     Args:
-        error: what the stage said.
-        replica: who said it.
-        unreachable: the replica itself could not be reached, or is stopping.
+        error: what the stage said, or what is to be said of it.
+        replica: who was called.
+        loss: how the replica was lost: it could not be reached, fell silent, or is stopping; None: it is still there.
     """
 
-    def __init__(self, error: SafelightError, replica: Replica, unreachable: bool) -> None:
+    def __init__(self, error: SafelightError, replica: Replica, loss: Loss | None) -> None:
         super().__init__(str(error))
         self.error = error
         self.replica = replica
-        self.unreachable = unreachable
+        self.loss = loss
 
 
 @dataclass(frozen=True)
@@ -49,11 +62,13 @@ class StageCalls:
 
     Args:
         stages: the replicas.
+        settings: how long to wait for whom.
         deadline: `time.monotonic()` by when the request must be done; None: no limit.
         given: told the stage whenever a replica of it is given work.
     """
 
     stages: Stages
+    settings: GatewaySettings
     deadline: float | None
     given: Callable[[str], None]
 
@@ -61,60 +76,82 @@ class StageCalls:
         """Time left; None: no limit."""
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
 
-    async def encode(
-        self, request: encoder_service_pb2.EncodeRequest, avoid: Collection[Replica], limit_seconds: float
-    ) -> encoder_service_pb2.EncodeResponse:
+    async def encode(self, request: EncodeRequest, avoid: Collection[Replica]) -> EncodeResponse:
         """The conditioning of a request's prompts."""
-        with self._call(self.stages.encoder, encode_work(request), avoid) as replica:
-            stub = encoder_service_pb2_grpc.EncoderServiceStub(replica.channel)
-            remaining = self.remaining_seconds()
-            timeout = limit_seconds if remaining is None else min(remaining, limit_seconds)
-            response = await stub.Encode(request, timeout=timeout)
+        async with self._call(self.stages.encoder, request.context, encode_work(request), avoid) as replica:
+            answer = EncoderServiceStub(replica.channel).Encode(request, timeout=self.remaining_seconds())
+            response = await answer_within(answer, self.settings.encode_seconds)
             response.timing.replica = replica.address
             return response
 
     async def denoise(
-        self,
-        request: denoiser_service_pb2.DenoiseRequest,
-        avoid: Collection[Replica],
-        report: Callable[[denoiser_service_pb2.DenoiseResponse], Awaitable[None]],
-    ) -> denoiser_service_pb2.DenoiseResult:
-        """The latent of one picture; every event before the result goes to `report`."""
-        with self._call(self.stages.denoiser, denoise_work(request), avoid) as replica:
-            stub = denoiser_service_pb2_grpc.DenoiserServiceStub(replica.channel)
-            async for event in stub.Denoise(request, timeout=self.remaining_seconds()):
-                if event.HasField("result"):
-                    event.result.timing.replica = replica.address
-                    return event.result
-                await report(event)
-        raise InternalError(f"the denoiser at {replica.address} ended its stream without a result")
+        self, request: DenoiseRequest, avoid: Collection[Replica]
+    ) -> AsyncGenerator[DenoiseResponse, None]:
+        """What happens to one picture's latent; the last event is its result."""
+        async with self._call(self.stages.denoiser, request.context, denoise_work(request), avoid) as replica:
+            call = DenoiserServiceStub(replica.channel).Denoise(request, timeout=self.remaining_seconds())
+            async with aclosing(events_within(call, self.settings.silence_seconds)) as events:
+                async for event in events:
+                    if event.HasField("result"):
+                        event.result.timing.replica = replica.address
+                    yield event
 
-    async def decode(
-        self, request: decoder_service_pb2.DecodeRequest, avoid: Collection[Replica]
-    ) -> AsyncGenerator[decoder_service_pb2.DecodeResponse, None]:
+    async def decode(self, request: DecodeRequest, avoid: Collection[Replica]) -> AsyncGenerator[DecodeResponse, None]:
         """The file of one picture in chunks, then its result."""
-        with self._call(self.stages.decoder, decode_work(request), avoid) as replica:
-            stub = decoder_service_pb2_grpc.DecoderServiceStub(replica.channel)
-            async for event in stub.Decode(request, timeout=self.remaining_seconds()):
-                if event.HasField("result"):
-                    event.result.timing.replica = replica.address
-                yield event
+        async with self._call(self.stages.decoder, request.context, decode_work(request), avoid) as replica:
+            call = DecoderServiceStub(replica.channel).Decode(request, timeout=self.remaining_seconds())
+            async with aclosing(events_within(call, self.settings.decode_seconds)) as events:
+                async for event in events:
+                    if event.HasField("result"):
+                        event.result.timing.replica = replica.address
+                    yield event
 
-    @contextmanager
-    def _call(self, stage: ReplicaSet, work: Work, avoid: Collection[Replica]) -> Iterator[Replica]:
-        """Picks a replica and turns what gRPC raises into StageCallError."""
-        replica = stage.pick(work.model, avoid, work=work)
+    @asynccontextmanager
+    async def _call(
+        self, stage: ReplicaSet, context: WorkContext, work: Work, avoid: Collection[Replica]
+    ) -> AsyncIterator[Replica]:
+        """Picks a replica and turns what goes wrong with the call into StageCallError."""
+        replica = await self._pick(stage, context.fingerprints.get(stage.stage, ""), work, avoid)
         try:
             with replica.work(work):
                 self.given(stage.stage)
                 yield replica
-        except grpc.aio.AioRpcError as error:
-            unreachable = _is_unreachable(error)
-            if unreachable:
+        except SilenceError as silence:
+            stage.report_failure(replica)
+            error = StageUnavailableError(
+                f"the {stage.stage} at {replica.address} has fallen silent", stage=stage.stage
+            )
+            raise StageCallError(error, replica, "silence") from silence
+        except grpc.aio.AioRpcError as failure:
+            known = from_rpc_error(failure)
+            loss = _loss(known)
+            if loss is not None:
                 stage.report_failure(replica)
-            raise StageCallError(from_rpc_error(error), replica, unreachable) from error
+            raise StageCallError(known, replica, loss) from failure
+
+    async def _pick(self, stage: ReplicaSet, fingerprint: str, work: Work, avoid: Collection[Replica]) -> Replica:
+        """A replica for a piece of work, as soon as there is one.
+
+        Raises:
+            StageUnavailableError, UnknownModelError: there was none for as long as work in progress waits.
+            FingerprintMismatchError: the weights that the request was planned with are served no more.
+            DeadlineExceededError: time was up before there was one.
+        """
+        give_up = time.monotonic() + self.settings.replica_wait_seconds
+        while True:
+            try:
+                return stage.pick(work.model, avoid, fingerprint, work)
+            except (StageUnavailableError, UnknownModelError) as error:
+                now = time.monotonic()
+                if self.deadline is not None and now >= self.deadline:
+                    raise DeadlineExceededError(f"time was up while waiting: {error.message}") from error
+                if now >= give_up:
+                    raise
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
-def _is_unreachable(error: grpc.aio.AioRpcError) -> bool:
+def _loss(error: SafelightError) -> Loss | None:
     """UNAVAILABLE without details is gRPC's own word; with details it is the stage speaking of something else."""
-    return error.code() == grpc.StatusCode.UNAVAILABLE and not from_rpc_error(error).metadata
+    if isinstance(error, StageDrainingError):
+        return "drain"
+    return "death" if isinstance(error, StageUnavailableError) and not error.metadata else None

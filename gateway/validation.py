@@ -7,27 +7,33 @@ from collections.abc import Collection, Iterator
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
-from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
-from services.common.validation import check_range, check_seed, refuse_unserved
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
+from services.common.fingerprints import check_own_fingerprint
+from services.common.validation import check_determinism, check_range, check_seed, refuse_unserved
 
 MAX_IMAGES = 64
 MIN_PIXELS = 64
 MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters", "inputs", "strength", "num_frames", "fps", "preview")
+_UNSERVED = ("adapters", "inputs", "strength", "num_frames", "fps")
 
 
 def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
     """Check a request against its model.
 
     Raises:
-        UnsupportedError: a field is set that this release does not serve.
+        UnsupportedError: a field is set that this release, or this model, does not serve.
         InvalidRequestError: fields are out of range; every one is named.
+        FingerprintMismatchError: it asks for other weights than those that are served.
     """
     refuse_unserved(request, _UNSERVED, model.name)
-    if request.determinism == DETERMINISM_CLASS_EXACT:
-        raise UnsupportedError("determinism: the exact class is not served by this release", field="determinism")
+    if request.preview.every_steps and not model.denoiser.previews:
+        raise UnsupportedError(
+            f"preview: model {model.name!r} has no map from latents to colours; leave it out", field="preview"
+        )
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
+    for stage in ("encoder", "denoiser", "decoder"):
+        check_own_fingerprint(request.context, stage, getattr(model, stage).fingerprint)
 
 
 def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
@@ -37,6 +43,8 @@ def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[F
     yield from _seed_violations(request)
     yield from _output_violations(request, model)
     yield from check_range("clip_skip", request.clip_skip, 0, model.encoder.max_clip_skip)
+    yield from check_determinism(request.determinism)
+    yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.denoiser.max_steps)
     yield from check_range("context.priority", request.context.priority, -100, 100)
 
 

@@ -39,13 +39,16 @@ def encode_work(request: EncodeRequest) -> Work:
 
 
 def denoise_work(request: DenoiseRequest) -> Work:
-    """The steps that are left; in the exact class each row has a pass of its own."""
-    rows = 2 if request.guidance.scale > 1 else 1
+    """The steps that are left."""
+    exact = request.determinism == DETERMINISM_CLASS_EXACT
     steps = request.sampling.steps - request.resume_from.step
-    shape = tuple(request.latent_shape)
-    if request.determinism == DETERMINISM_CLASS_EXACT:
-        return Work(request.model, shape, passes=steps * rows)
-    return Work(request.model, shape, rows, steps)
+    return steps_work(request.model, tuple(request.latent_shape), steps, request.guidance.scale, exact)
+
+
+def steps_work(model: str, latent_shape: tuple[int, ...], steps: int, scale: float, exact: bool) -> Work:
+    """Denoising steps: guidance takes a second row, and in the exact class each row has a pass of its own."""
+    rows = 2 if scale > 1 else 1
+    return Work(model, latent_shape, 1, steps * rows) if exact else Work(model, latent_shape, rows, steps)
 
 
 def decode_work(request: DecodeRequest) -> Work:

@@ -1,4 +1,4 @@
-"""Laws of estimates: costs are measured or come from the nearest that were, queues add up, stages overlap."""
+"""Laws of estimates: queues add up, stages overlap, and what shares passes does not wait for what is longer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.costs import Costs
 from gateway.estimate import (
-    Costs,
     Estimate,
     Pending,
     ReplicaLoad,
@@ -52,33 +52,6 @@ def time_of(found: StageTime | None) -> StageTime:
     return found
 
 
-@pytest.mark.parametrize(
-    ("rows", "seconds"),
-    [(1, 1.0), (2, 2.0), (3, 2.5), (4, 3.0), (8, 6.0)],
-    ids=["in proportion below", "measured", "between", "measured", "in proportion above"],
-)
-def test_a_pass_costs_what_was_measured_or_what_its_neighbours_say(rows: int, seconds: float) -> None:
-    assert costs({2: 2.0, 4: 3.0}).seconds(Work("tiny", SHAPE, rows)) == pytest.approx(seconds)
-
-
-def test_a_shape_that_was_not_measured_is_scaled_by_area_from_the_nearest_that_was() -> None:
-    both = Costs(
-        [
-            WorkCost(model="tiny", latent_shape=SHAPE, rows=1, seconds=1.0),
-            WorkCost(model="tiny", latent_shape=(4, 64, 64), rows=1, seconds=100.0),
-        ]
-    )
-    assert both.seconds(Work("tiny", (4, 8, 16), passes=3)) == pytest.approx(6.0)
-    assert both.seconds(Work("tiny", (4, 64, 128))) == pytest.approx(200.0)
-
-
-def test_of_another_model_or_another_kind_of_shape_nothing_is_known() -> None:
-    measured = costs({1: 1.0})
-    assert measured.seconds(Work("other", SHAPE)) is None
-    assert measured.seconds(Work("tiny", (4, 3, 8, 8))) is None
-    assert measured.seconds(Work("tiny")) is None
-
-
 def test_the_queue_ahead_and_the_own_steps_add_up() -> None:
     found = known(
         estimate(request(steps=10), stage(curve={}), stage(5.0, curve={1: 0.1}, requests=99), stage(curve={}))
@@ -116,6 +89,12 @@ def test_a_slow_replica_is_left_alone_while_a_fast_one_is_done_sooner() -> None:
     assert time_of(stage_time(mixed, Work("tiny", SHAPE), 2, shared=False)).done == pytest.approx(5.0)
 
 
+def test_pictures_of_one_request_share_passes_where_that_pays() -> None:
+    found = time_of(stage_time(stage(0.0, curve={1: 1.0, 4: 1.6}), request(steps=10).denoise, 4, shared=True))
+    assert found.each == pytest.approx(4.0)
+    assert found.done == pytest.approx(16.0)
+
+
 def test_work_that_is_to_come_is_ahead_too() -> None:
     loaded = StageLoad([ReplicaLoad(1.0, 0, costs({1: 1.0}))] * 2, Pending(6.0, 6))
     time = time_of(stage_time(loaded, Work("tiny", SHAPE), 1, shared=False))
@@ -141,6 +120,9 @@ def test_what_has_come_leaves_nothing_behind() -> None:
 def test_an_estimate_is_never_above_the_whole_queue(
     steps: int, backlog: float, requests: int, curve: dict[int, float], images: int
 ) -> None:
-    time = time_of(stage_time(stage(backlog, curve=curve, requests=requests), request(steps).denoise, images, True))
-    assert time.done <= backlog + images * time.each + 1e-6
-    assert time.each > 0
+    work = request(steps).denoise
+    alone = costs(curve).seconds(work)
+    time = time_of(stage_time(stage(backlog, curve=curve, requests=requests), work, images, True))
+    assert alone is not None
+    assert 0 < time.each <= alone * (1 + 1e-9)
+    assert time.done <= (backlog + images * alone) * (1 + 1e-9)

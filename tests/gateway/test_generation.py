@@ -24,6 +24,8 @@ from safelight import (
 from services.common.server import Server
 from tests.support.cluster import Cluster, run_cluster
 
+USEFUL = {"model": "tiny", "outcome": "useful"}
+
 
 def client_of(cluster: Cluster) -> AsyncClient:
     assert cluster.client is not None
@@ -72,7 +74,7 @@ async def test_work_is_spread_by_what_is_outstanding(tiny_manifest: str) -> None
     async with run_cluster(tiny_manifest, denoisers=2) as cluster:
         await asyncio.gather(*(client_of(cluster).generate("a cat", steps=4, seed=n) for n in range(6)))
         steps = [
-            server.metrics.registry.get_sample_value("safelight_denoise_steps_total", {"model": "tiny", "outcome": "useful"})
+            server.metrics.registry.get_sample_value("safelight_denoise_steps_total", USEFUL)
             for server in cluster.denoisers
         ]
     assert steps == [12, 12]
@@ -81,9 +83,9 @@ async def test_work_is_spread_by_what_is_outstanding(tiny_manifest: str) -> None
 async def test_a_denoiser_that_dies_in_the_middle_costs_no_request(tiny_manifest: str) -> None:
     async with run_cluster(tiny_manifest, denoisers=2) as cluster:
         client = client_of(cluster)
-        expected = await client.generate("a cat", steps=12, seed=3)
+        expected = await client.generate("a cat", steps=30, seed=3)
         alive = 2
-        async for event in client.stream(GenerationOptions(prompt="a cat", steps=12, seed=3)):
+        async for event in client.stream(GenerationOptions(prompt="a cat", steps=30, seed=3)):
             if isinstance(event, Progress) and event.stage == "denoiser" and event.step == 2 and alive == 2:
                 await crash(next(server for server in cluster.denoisers if running(server)))
                 alive = 1
@@ -104,9 +106,7 @@ async def test_a_replica_that_comes_back_is_taken_back(tiny_manifest: str) -> No
         cluster.denoisers[0] = await cluster.restart_denoiser(gone, tiny_manifest)
         await cluster.until_replicas("denoiser", 2)
         await asyncio.gather(*(client.generate("a cat", steps=2) for _ in range(4)))
-        steps = cluster.denoisers[0].metrics.registry.get_sample_value(
-            "safelight_denoise_steps_total", {"model": "tiny", "outcome": "useful"}
-        )
+        steps = cluster.denoisers[0].metrics.registry.get_sample_value("safelight_denoise_steps_total", USEFUL)
     assert steps
 
 
@@ -158,7 +158,8 @@ async def test_leases_end_with_their_request(tiny_manifest: str) -> None:
         # 64x72 latents are above what rides inline, so they are leased.
         await client_of(cluster).generate("a cat", steps=1, width=576, height=512, format="latents")
         await cluster.until("safelight_leases", 0)
-        assert cluster.total("safelight_tensor_bytes_total", path="stream") == 4 * 64 * 72 * 4
+        moved = [cluster.total("safelight_tensor_bytes_total", path=path) for path in ("stream", "shared")]
+        assert sum(moved) == 4 * 64 * 72 * 4
 
 
 def test_the_gateway_never_imports_torch() -> None:

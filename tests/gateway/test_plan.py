@@ -15,7 +15,6 @@ def test_defaults_are_the_models_own() -> None:
     assert (image.width, image.height, image.clip_skip, image.sampling.steps) == (512, 512, 1, 20)
     assert (image.sampling.sampler, image.sampling.schedule, image.guidance.scale) == ("euler", "scaled_linear", 7.5)
     assert plan.latent_shape == (4, 64, 64)
-    assert plan.request_id
 
 
 def test_what_is_given_stays() -> None:
@@ -32,7 +31,7 @@ def test_what_is_given_stays() -> None:
     (image,) = plan.images
     assert (image.sampling.sampler, image.sampling.steps, image.guidance.scale, image.clip_skip) == ("ddim", 7, 0, 2)
     assert dict(image.sampling.sampler_parameters) == {"eta": 0.5}
-    assert (plan.latent_shape, plan.request_id) == ((4, 32, 16), "mine")
+    assert (plan.latent_shape, plan.context.request_id) == ((4, 32, 16), "mine")
 
 
 def test_one_seed_counts_up_for_several_pictures() -> None:

@@ -80,7 +80,7 @@ def test_all_wrong_fields_are_told_at_once() -> None:
         (GenerateRequest(inputs=[work.MediaInput()]), "inputs"),
         (GenerateRequest(strength=0.5), "strength"),
         (GenerateRequest(num_frames=81), "num_frames"),
-        (GenerateRequest(determinism=work.DETERMINISM_CLASS_EXACT), "determinism"),
+        (GenerateRequest(preview=work.PreviewOptions(every_steps=2)), "preview"),
     ],
 )
 def test_what_this_release_does_not_serve_is_refused_and_never_ignored(request_: GenerateRequest, field: str) -> None:
