@@ -57,23 +57,29 @@ async def serving(gateway: FakeGateway, listen: str = "127.0.0.1:0") -> AsyncIte
         await server.stop()
 
 
-def story(*, seed: int = 5, steps: int = 3, file: bytes = b"abcdef") -> list[pb.GenerateResponse]:
-    """A whole request, numbered: accepted, the steps, the file in two pieces, the result."""
+def story(
+    *, seed: int = 5, steps: int = 3, file: bytes = b"abcdef", preview: bytes | None = None
+) -> list[pb.GenerateResponse]:
+    """A whole request: accepted, the steps, a preview where one is given, the file in two pieces, the result."""
     parameters = work.GenerationParameters(prompt="a cat", model="tiny", seed=seed, width=8, height=8)
     half = len(file) // 2
-    events = [
+    progress = [pb.GenerateProgress(stage="denoiser", step=step + 1, steps=steps) for step in range(steps)]
+    previews = [] if preview is None else [pb.GeneratePreview(step=steps, data=preview, media_type="image/png")]
+    return numbered(
         pb.GenerateResponse(accepted=pb.GenerateAccepted(request_id="id", images=[parameters])),
-        *(
-            pb.GenerateResponse(progress=pb.GenerateProgress(stage="denoiser", step=step + 1, steps=steps))
-            for step in range(steps)
-        ),
+        *(pb.GenerateResponse(progress=each) for each in progress),
+        *(pb.GenerateResponse(preview=each) for each in previews),
         pb.GenerateResponse(chunk=work.FileChunk(data=file[:half], media_type="image/png")),
         pb.GenerateResponse(chunk=work.FileChunk(data=file[half:], offset=half)),
         pb.GenerateResponse(result=pb.GenerateResult(images=[pb.ImageReceipt(parameters=parameters)])),
-    ]
+    )
+
+
+def numbered(*events: pb.GenerateResponse) -> list[pb.GenerateResponse]:
+    """The events with their numbers, from 1."""
     for number, event in enumerate(events, 1):
         event.sequence = number
-    return events
+    return list(events)
 
 
 def tells(events: Sequence[pb.GenerateResponse]) -> Answer:

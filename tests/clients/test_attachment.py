@@ -176,7 +176,7 @@ async def test_a_cancelled_task_stops_the_work() -> None:
 async def test_time_that_is_up_stops_the_work() -> None:
     gateway = FakeGateway(stays_after(WHOLE[:2]))
     async with serving(gateway) as endpoint, AsyncClient(endpoint) as client:
-        with pytest.raises(DeadlineExceededError):
+        with pytest.raises(DeadlineExceededError, match="was not done within timeout_seconds"):
             await client.generate("a cat", timeout_seconds=0.3)
     assert len(gateway.cancelled) == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import signal
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from PIL import Image
 
 from safelight.cli import run
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT
+from tests.clients.gateways import FakeGateway, serving, stays_after, story, tells
 from tests.clients.processes import CLI, nothing_left, run_cli, start
 
 SMALL = ["--steps", "1", "--width", "64", "--height", "72"]
@@ -58,6 +62,28 @@ def test_a_prompt_that_is_cut_is_a_warning(endpoint: str, tmp_path: Path, capsys
     assert "safelight: warning: PROMPT: too long for the model; left out: cat" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("colours", ["truecolor", ""])
+async def test_options_reach_the_gateway_and_previews_are_asked_for_only_where_they_can_be_shown(
+    colours: str, scratch: Path
+) -> None:
+    red = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(red, "png")
+    gateway = FakeGateway(tells(story(preview=red.getvalue())))
+    options = ["--min-steps", "2", "--determinism", "exact", "--preview-every", "3"]
+    options += ["--timeout", "500", "--idempotency-key", "mine"]
+    async with serving(gateway) as endpoint:
+        arguments = [*CLI, "generate", "a cat", "-o", "cat.png", "--endpoint", endpoint, *options]
+        terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": colours}
+        with start(arguments, scratch, **terminal) as process:
+            _, err = await asyncio.to_thread(process.communicate)
+    request = gateway.requests[0]
+    assert process.returncode == 0, err
+    assert (request.sampling.min_steps, request.determinism) == (2, DETERMINISM_CLASS_EXACT)
+    assert (request.context.idempotency_key, request.context.HasField("deadline")) == ("mine", True)
+    assert (request.preview.every_steps, "38;2;255;0;0" in err) == ((3, True) if colours else (0, False))
+    assert (scratch / "cat.png").read_bytes() == b"abcdef"
+
+
 def test_the_models_are_listed(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", "--endpoint", endpoint]) == 0
     assert "tiny" in capsys.readouterr().out
@@ -79,6 +105,10 @@ def test_the_models_are_listed(endpoint: str, capsys: pytest.CaptureFixture[str]
         (["x", "-o", "cat.gif"], 2, "--output: cat.gif ends in '.gif'; choose from .png"),
         (["x", "-o", "nowhere/cat.png"], 2, "--output: nowhere/cat.png can't be written: No such file"),
         (["x", "-o", "/dev/null", "--format", "png"], 2, "--output: /dev/null is not a file"),
+        (["x", "--receipt", "nowhere/cat.json"], 2, "--receipt: nowhere/cat.json can't be written: No such file"),
+        (["x", "--receipt", "image.png"], 2, "--receipt: image.png is the picture's file"),
+        (["x", "--timeout", "0"], 2, "timeout_seconds: is 0.0; must be above 0"),
+        (["x", "--determinism", "rough"], 2, "determinism: is 'rough'; choose from default, exact"),
         (["x", "--endpoint", "127.0.0.1:1"], 1, "no gateway answers at 127.0.0.1:1: start one"),
     ],
 )
@@ -109,6 +139,18 @@ def test_ctrl_c_stops_the_work_and_leaves_no_file(endpoint: str, scratch: Path) 
     assert err.endswith("safelight: stopped\n")
     assert "Traceback" not in err
     assert list(scratch.iterdir()) == []
+
+
+async def test_ctrl_c_is_told_to_the_gateway(scratch: Path) -> None:
+    gateway = FakeGateway(stays_after(story()[:2]))
+    async with serving(gateway) as endpoint:
+        arguments = [*CLI, "generate", "a cat", "--endpoint", endpoint, "--idempotency-key", "mine"]
+        with start(arguments, scratch, FORCE_COLOR="1") as process:
+            await asyncio.to_thread(_read_until, "denoiser", process.stderr)
+            process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(process.communicate)
+    assert process.returncode == 130
+    assert [context.idempotency_key for context in gateway.cancelled] == ["mine"]
 
 
 def test_without_an_endpoint_a_stack_is_started_and_ended(tiny_sd15: Path, scratch: Path) -> None:

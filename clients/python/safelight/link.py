@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from safelight.errors import SafelightError, StageUnavailableError, from_rpc_error
+from safelight.errors import DeadlineExceededError, SafelightError, StageUnavailableError, from_rpc_error
 from safelight.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
 
 # Trailer of every error that Safelight itself raises.
@@ -52,14 +52,18 @@ class Link:
         return self.has_answered and error.code() in _LOST and not is_answer(error)
 
     def explained(self, error: grpc.aio.AioRpcError) -> SafelightError:
-        """The exception of a failed call; where no gateway has answered, with a remedy."""
+        """The exception of a failed call; where it is gRPC's own, with a sentence of ours."""
         known = from_rpc_error(error)
-        if is_answer(error) or not isinstance(known, StageUnavailableError):
+        if is_answer(error):
             return known
-        return StageUnavailableError(
-            f"no gateway answers at {self.endpoint}: start one (safelight up), or correct the endpoint. "
-            f"The cause: {known.message}"
-        )
+        if isinstance(known, DeadlineExceededError):
+            return DeadlineExceededError(f"the gateway at {self.endpoint} was not done within timeout_seconds")
+        if isinstance(known, StageUnavailableError):
+            return StageUnavailableError(
+                f"no gateway answers at {self.endpoint}: start one (safelight up), or correct the endpoint. "
+                f"The cause: {known.message}"
+            )
+        return known
 
 
 def is_answer(error: grpc.aio.AioRpcError) -> bool:

@@ -35,6 +35,8 @@ class Client:
 
     def __init__(self, endpoint: str | None = None, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
         self._loop = asyncio.new_event_loop()
+        self._stopping = False
+        self._lock = threading.Lock()  # no work is begun on a loop that stops: nobody would end its wait
         self._thread = threading.Thread(target=self._loop.run_forever, name="safelight-client", daemon=True)
         self._thread.start()
         try:
@@ -58,7 +60,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls in progress are cancelled, and with them their work. May be repeated."""
-        if not self._loop.is_closed():
+        if not self._stopping:
             self._wait(_end(self._client))
             self._stop_loop()
 
@@ -99,7 +101,8 @@ class Client:
             while (event := self._wait(anext(events, None))) is not None:
                 yield event
         finally:
-            self._wait(events.aclose())
+            if not self._stopping:
+                self._wait(events.aclose())
 
     def models(self, *, timeout_seconds: float = DEFAULT_LIST_SECONDS) -> list[Model]:
         """As AsyncClient.models."""
@@ -108,7 +111,11 @@ class Client:
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of work on the client's loop; Ctrl-C while waiting cancels the work and lets it clean up."""
         ended = threading.Event()
-        future = asyncio.run_coroutine_threadsafe(_marked(work, ended), self._loop)
+        with self._lock:
+            if self._stopping:
+                work.close()
+                raise RuntimeError("the client is closed; make another one")
+            future = asyncio.run_coroutine_threadsafe(_marked(work, ended), self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
@@ -117,6 +124,8 @@ class Client:
             raise
 
     def _stop_loop(self) -> None:
+        with self._lock:
+            self._stopping = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
