@@ -40,11 +40,10 @@ def equal_requests(count: int) -> list[Arrival]:
 
 
 def mixed_requests(count: int, seed: int) -> list[Arrival]:
-    """4 to 50 steps, half of them with guidance, three samplers, all there from the start."""
+    """4 to 50 steps, every other one with guidance, three samplers, all there from the start."""
     draw = random.Random(seed)
     return [
-        Arrival(number, 0.0, draw.choice(MIXED_STEPS), draw.choice((1, 2)), draw.choice(SAMPLERS))
-        for number in range(count)
+        Arrival(number, 0.0, draw.choice(MIXED_STEPS), 1 + number % 2, draw.choice(SAMPLERS)) for number in range(count)
     ]
 
 

@@ -44,34 +44,38 @@ class Verdict:
 
 def judge(drawings: Sequence[Drawing], undisturbed: Sequence[GeneratedImage]) -> Verdict:
     """Compare every file with the one that the same request made undisturbed, byte for byte."""
-    lost = [drawing for drawing in drawings if drawing.image is None]
-    wrong = [
-        drawing for drawing in drawings if drawing.image and drawing.image.data != undisturbed[drawing.request].data
-    ]
-    return Verdict(len(drawings), len(lost), len(wrong))
+    pairs = [(drawing.image, undisturbed[drawing.request]) for drawing in drawings if drawing.image]
+    return Verdict(len(drawings), len(drawings) - len(pairs), sum(made.data != other.data for made, other in pairs))
 
 
-def interrupted(blow: Blow, drawings: Sequence[Drawing]) -> list[Drawing]:
-    """The requests that were in flight and went to another replica than the one that was hit."""
-    return [each for each in drawings if each.started < blow.time < each.ended and blow.address in _left(each)]
+def seconds_to_resume(blows: Sequence[Blow], drawings: Sequence[Drawing]) -> list[float]:
+    """Of every picture that was taken from a denoiser: from the blow to the first step that its client had not seen.
 
-
-def seconds_to_resume(blow: Blow, drawing: Drawing) -> float | None:
-    """From a blow to the first step beyond those that the client had been told of; None: there was none left to do.
-
-    Steps that are computed again are not reported again, so they are part of this time.
+    Steps that are computed again are not reported again, so their time is part of it. A picture that is hit once more
+    before it has gone on counts from the later blow; one without a step left to do does not count.
     """
+    seconds: dict[tuple[int, float], float] = {}
+    for blow, (index, drawing) in itertools.product(blows, enumerate(drawings)):
+        if _is_interrupted(drawing, blow) and (resumed := _resumed_at(drawing, blow)):
+            since = seconds.get((index, resumed), resumed - blow.time)
+            seconds[index, resumed] = min(since, resumed - blow.time)
+    return list(seconds.values())
+
+
+def _is_interrupted(drawing: Drawing, blow: Blow) -> bool:
+    """Whether the picture was in work when a denoiser was hit that it was then taken from."""
+    if drawing.image is None or not drawing.started < blow.time < drawing.ended:
+        return False
+    denoisers = [stage.replica for stage in drawing.image.stages if stage.stage == "denoiser"]
+    return blow.address in denoisers[:-1]
+
+
+def _resumed_at(drawing: Drawing, blow: Blow) -> float | None:
+    """The end of the longest silence that begins about when the blow falls."""
     times = [drawing.started, *(time for time, _ in drawing.steps)]
-    gaps = [
+    silences = [
         (after - before, after)
         for before, after in itertools.pairwise(times)
         if before < blow.time + _ON_THEIR_WAY_SECONDS and after > blow.time
     ]
-    return max(gaps)[1] - blow.time if gaps else None
-
-
-def _left(drawing: Drawing) -> list[str]:
-    """The denoisers that a picture was taken from."""
-    if drawing.image is None:
-        return []
-    return [stage.replica for stage in drawing.image.stages if stage.stage == "denoiser"][:-1]
+    return max(silences)[1] if silences else None

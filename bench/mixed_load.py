@@ -39,8 +39,8 @@ class Company:
     Args:
         determinism: their class.
         difference: the largest from a request's latent alone, relative to the latent's largest element.
-        model_calls: forward passes that the denoiser ran.
-        fewest_calls: that rows of full passes would need.
+        model_calls: steps of a batch that the denoiser ran.
+        fewest_calls: what the best order would have needed.
     """
 
     determinism: str
@@ -71,7 +71,12 @@ def relative_difference(alone: GeneratedImage, in_company: GeneratedImage) -> fl
 
 
 def fewest_calls(requests: Sequence[GenerationOptions]) -> int:
-    """Forward passes that must be run: no fewer than the longest request has steps, nor than rows fit."""
+    """Steps of a batch that must be run: no fewer than the longest request has steps, nor than its rows fit into.
+
+    In the exact class requests share none.
+    """
+    if requests[0].determinism == "exact":
+        return sum(each.steps or 0 for each in requests)
     steps_and_rows = [(each.steps or 0, 2 if (each.guidance_scale or 0) > 1 else 1) for each in requests]
     rows = sum(steps * rows for steps, rows in steps_and_rows)
     return max(max(steps for steps, _ in steps_and_rows), math.ceil(rows / DenoiserSettings().max_batch_rows))
@@ -126,7 +131,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with run_deployment() as deployment:
         companies = asyncio.run(run(deployment, arguments))
-    sys.exit(0 if all(company.is_alike for company in companies) else 1)
+        if not all(company.is_alike for company in companies):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with run_deployment(encoders=_REPLICAS, denoisers=_REPLICAS, decoders=_REPLICAS) as deployment:
         report = asyncio.run(run(deployment, arguments))
-    sys.stdout.write(text(report) + "\n")
-    sys.exit(0 if report.is_flawless else 1)
+        sys.stdout.write(text(report) + "\n")
+        if not report.is_flawless:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

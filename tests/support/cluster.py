@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.service import build_gateway
+from gateway.service import make_surroundings as make_gateway_surroundings
 from gateway.settings import GatewaySettings
 from safelight import AsyncClient, RetryPolicy
-from services.common.metrics import Metrics
 from services.common.server import Server, Service
 from services.common.settings import StageSettings
 from services.common.stage import Surroundings, make_surroundings
@@ -112,14 +112,14 @@ async def _start(settings: Stage, build: Callable[[Stage, Surroundings], Service
 
 
 async def _start_gateway(cluster: Cluster, settings: dict[str, Any]) -> Server:
-    metrics = Metrics()
+    surroundings = make_gateway_surroundings()
     gateway = GatewaySettings(
         encoders=_addresses(cluster.encoders),
         denoisers=_addresses(cluster.denoisers),
         decoders=_addresses(cluster.decoders),
         **{"drain_seconds": 0.0, "health_interval_seconds": 0.1, **settings},
     )
-    server = Server(build_gateway(gateway, metrics), gateway, metrics)
+    server = Server(build_gateway(gateway, surroundings), gateway, surroundings.metrics)
     await server.start()
     return server
 

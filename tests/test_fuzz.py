@@ -1,0 +1,255 @@
+"""Every method of every service, fed with nonsense: always a status that says why, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from safelight.v1 import decoder_service_pb2 as decoder
+from safelight.v1.denoiser_service_pb2 import DenoiseRequest
+from safelight.v1.encoder_service_pb2 import EncodeRequest
+from safelight.v1.generation_service_pb2 import CancelRequest, GenerateRequest
+from safelight.v1.load_service_pb2 import GetLoadRequest
+from safelight.v1.model_service_pb2 import GetModelRequest, ListModelsRequest
+from safelight.v1.tensor_exchange_service_pb2 import PullRequest, ReleaseRequest
+from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorLease, TensorRef
+from safelight.v1.work_pb2 import Checkpoint, GuidanceOptions, SamplingOptions, WorkContext
+from tests.support.cluster import Cluster, run_cluster
+from tests.support.spoiled_messages import mutilated, spoiled
+from tests.support.stage_requests import conditioning, decode_request, denoise_request
+
+SECONDS = 20.0
+"""Longest time of a call before it counts as hung."""
+OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
+SHORT: dict[str, Any] = {"max_steps": 8, "max_latent_area": 1024, "lease_seconds": 0.5, "warm_up_steps": 0}
+GAUGES = (
+    "safelight_requests_running",
+    "safelight_running",
+    "safelight_queue_depth",
+    "safelight_leases",
+    "safelight_leased_bytes",
+    "safelight_checkpoint_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended."""
+
+    code: grpc.StatusCode
+    details: str
+    seconds: float
+
+
+class Target:
+    """A deployment on an event loop of its own, and plain channels to its servers that carry any bytes."""
+
+    def __init__(self, manifest: str) -> None:
+        self._manifest = manifest
+        self._ready, self._end = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+        self._cluster: Cluster | None = None
+        self._channels: dict[str, grpc.Channel] = {}
+
+    async def _serve(self) -> None:
+        try:
+            async with run_cluster(
+                self._manifest,
+                denoiser=SHORT,
+                decoder={"lease_seconds": 0.5},
+                gateway={"max_images_in_flight": 4, "replica_wait_seconds": 1.0, "reattach_seconds": 0.1},
+            ) as self._cluster:
+                self._ready.set()
+                await asyncio.to_thread(self._end.wait)
+        finally:
+            self._ready.set()
+
+    def start(self) -> None:
+        self._thread.start()
+        self._ready.wait()
+        cluster = self.cluster
+        assert cluster.gateway is not None
+        servers = {"encoder": cluster.encoders[0], "denoiser": cluster.denoisers[0], "decoder": cluster.decoders[0]}
+        for name, server in (*servers.items(), ("gateway", cluster.gateway)):
+            self._channels[name] = grpc.insecure_channel(server.address)
+
+    def stop(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self._cluster is not None, "the deployment did not start"
+        return self._cluster
+
+    def call(self, server: str, method: str, request: bytes) -> Outcome:
+        """Send bytes as a request; a unary answer is a stream of one."""
+        started = time.monotonic()
+        send: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channels[server].unary_stream(
+            f"/safelight.v1.{method}"
+        )
+        call = send(request, timeout=SECONDS)
+        try:
+            for _ in call:
+                pass
+        except grpc.RpcError:
+            pass
+        return Outcome(call.code(), call.details() or "", time.monotonic() - started)
+
+    def left_behind(self) -> dict[str, float]:
+        """What is not back at 0."""
+        values = {name: self.cluster.total(name) for name in GAUGES}
+        return {name: value for name, value in values.items() if value}
+
+    def until_quiet(self) -> dict[str, float]:
+        """What is left behind when leases have had the time to end."""
+        give_up = time.monotonic() + SECONDS
+        while (left := self.left_behind()) and time.monotonic() < give_up:
+            time.sleep(0.02)
+        return left
+
+
+@pytest.fixture(scope="module")
+def target(tiny_manifest: str) -> Iterator[Target]:
+    target = Target(tiny_manifest)
+    target.start()
+    yield target
+    target.stop()
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def lease(endpoint: str) -> TensorRef:
+    header = TensorHeader(dtype=DATA_TYPE_UINT8, shape=[100_000])
+    return TensorRef(header=header, lease=TensorLease(endpoint=endpoint, exchange_id="another", ticket="0f3a"))
+
+
+def resumed() -> DenoiseRequest:
+    request = denoise_request(steps=2)
+    request.resume_from.CopyFrom(Checkpoint(step=1, sampler_state=lease("127.0.0.1:1")))
+    return request
+
+
+def with_leases() -> DenoiseRequest:
+    request = denoise_request(steps=2)
+    for part in (request.conditioning, request.negative_conditioning):
+        part.tensors[0].tensor.CopyFrom(lease("127.0.0.1:1"))
+    return request
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method of a server, and a request that it serves."""
+
+    server: str
+    method: str
+    valid: Message = field(repr=False)
+    served: bool = True
+
+
+GENERATE = GenerateRequest(
+    context=WorkContext(request_id="fuzz", tenant="alice"),
+    model="tiny",
+    prompt="a cat",
+    width=64,
+    height=64,
+    sampling=SamplingOptions(sampler="euler", steps=2),
+    guidance=GuidanceOptions(scale=2.0),
+)
+CASES = {
+    "encode": Case("encoder", "EncoderService/Encode", EncodeRequest(model="tiny", prompts=["a cat", ""])),
+    "denoise": Case("denoiser", "DenoiserService/Denoise", denoise_request(steps=2)),
+    "denoise with leases": Case("denoiser", "DenoiserService/Denoise", with_leases(), served=False),
+    "denoise resumed": Case("denoiser", "DenoiserService/Denoise", resumed(), served=False),
+    "decode": Case("decoder", "DecoderService/Decode", decode_request(torch.zeros(1, 4, 8, 8))),
+    "encode image": Case(
+        "decoder", "DecoderService/EncodeImage", decoder.EncodeImageRequest(model="tiny", image=picture())
+    ),
+    "generate": Case("gateway", "GenerationService/Generate", GENERATE),
+    "cancel": Case("gateway", "GenerationService/Cancel", CancelRequest(context=WorkContext(request_id="fuzz"))),
+    "pull": Case("denoiser", "TensorExchangeService/Pull", PullRequest(ticket="0f3a"), served=False),
+    "release": Case("denoiser", "TensorExchangeService/Release", ReleaseRequest(tickets=["0f3a"])),
+    "list models": Case("gateway", "ModelService/ListModels", ListModelsRequest()),
+    "get model": Case("encoder", "ModelService/GetModel", GetModelRequest(name="tiny")),
+    "get load": Case("decoder", "LoadService/GetLoad", GetLoadRequest()),
+}
+every_method = pytest.mark.parametrize("name", CASES)
+same_every_time = settings(
+    max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def check(target: Target, server: str, method: str, request: bytes) -> None:
+    outcome = target.call(server, method, request)
+    assert outcome.seconds < SECONDS, "hung"
+    assert outcome.code in OUTCOMES or says_its_own_deadline(outcome), outcome
+
+
+def says_its_own_deadline(outcome: Outcome) -> bool:
+    """A request may carry a deadline that has passed; what the client's gRPC says of its own does not count."""
+    return outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and outcome.details != "Deadline Exceeded"
+
+
+@every_method
+@same_every_time
+@given(data=st.data())
+def test_a_spoiled_message_gets_a_status(target: Target, name: str, data: st.DataObject) -> None:
+    case = CASES[name]
+    check(target, case.server, case.method, data.draw(spoiled(lambda: case.valid)).data)
+
+
+@every_method
+@same_every_time
+@given(data=st.data())
+def test_mutilated_bytes_get_a_status(target: Target, name: str, data: st.DataObject) -> None:
+    case = CASES[name]
+    check(target, case.server, case.method, data.draw(mutilated(lambda: case.valid)).data)
+
+
+HUGE = b"a" * (2 * 1024 * 1024)
+HUGE_REQUESTS: dict[str, tuple[str, Message]] = {
+    "many prompts": ("encode", EncodeRequest(model="tiny", prompts=[""] * 500_000)),
+    "long model name": ("encode", EncodeRequest(model=HUGE.decode(), prompts=["a cat"])),
+    "many axes": ("denoise", DenoiseRequest(model="tiny", latent_shape=[2**62] * 100_000)),
+    "many tokens": ("denoise", DenoiseRequest(model="tiny", conditioning=conditioning(0, 10_000))),
+    "no picture": ("encode image", decoder.EncodeImageRequest(model="tiny", image=HUGE)),
+    "many seeds": ("generate", GenerateRequest(model="tiny", seeds=[1] * 500_000)),
+    "long prompt": ("generate", GenerateRequest(model="tiny", prompt=HUGE.decode())),
+    "many tickets": ("release", ReleaseRequest(tickets=["x"] * 500_000)),
+    "long ticket": ("pull", PullRequest(ticket=HUGE.decode())),
+}
+
+
+@pytest.mark.parametrize("what", HUGE_REQUESTS)
+def test_a_huge_message_gets_a_status(target: Target, what: str) -> None:
+    name, request = HUGE_REQUESTS[what]
+    check(target, CASES[name].server, CASES[name].method, request.SerializeToString())
+
+
+def test_after_all_that_everything_is_served_and_nothing_is_left(target: Target) -> None:
+    served = {name: case for name, case in CASES.items() if case.served}
+    outcomes = {
+        name: target.call(case.server, case.method, case.valid.SerializeToString()).code.name
+        for name, case in served.items()
+    }
+    assert outcomes == dict.fromkeys(served, "OK")
+    assert target.until_quiet() == {}
