@@ -10,9 +10,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from gateway.admission_rules import AdmissionRules, most_steps
+from gateway.admitted import Admitted
 from gateway.catalog import Stages
 from gateway.estimate import Estimate, RequestWork, estimate
 from gateway.plan import GenerationPlan
@@ -30,56 +31,6 @@ _SPARE = 0.8
 
 Expected = Callable[[int], Estimate | None]
 """The estimate of a request when it is run with so many steps."""
-
-
-@dataclass
-class Admitted:
-    """A request that was let in.
-
-    Args:
-        plan: what is to be made; with fewer steps than were asked for, where only they fit.
-        estimate: what it will take; None: nothing like it has been measured.
-        stages: the replicas.
-        stage: how far it has come: the last stage that was given a part of it.
-    """
-
-    plan: GenerationPlan
-    estimate: Estimate | None
-    stages: Stages
-    stage: str = "gateway"
-    _pending: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def estimated_seconds(self) -> float:
-        """Seconds until the result; 0: there is no estimate."""
-        return self.estimate.seconds if self.estimate else 0.0
-
-    def start(self) -> None:
-        """Count every part of it as to come."""
-        images = len(self.plan.images)
-        self._pending = {"encoder": 1, "denoiser": images, "decoder": images}
-        for stage in self.stages.all:
-            stage.pending.add(self._seconds(stage.stage), self._pending[stage.stage])
-
-    def given(self, stage: str) -> None:
-        """A replica of a stage was given a part of the request; what is given again after a failure is not to come."""
-        self.stage = stage
-        if self._pending[stage]:
-            self._take(stage, 1)
-
-    def end(self) -> None:
-        """Nothing more of it is to come."""
-        for stage, pieces in self._pending.items():
-            self._take(stage, pieces)
-
-    def _take(self, stage: str, pieces: int) -> None:
-        self._pending[stage] -= pieces
-        self.stages.by_name[stage].pending.add(self._seconds(stage), -pieces)
-
-    def _seconds(self, stage: str) -> float:
-        """Seconds of one of its parts."""
-        time = self.estimate.stages.get(stage) if self.estimate else None
-        return time.each if time else 0.0
 
 
 class Admission:
@@ -197,7 +148,7 @@ class Admission:
         excess = self._images + len(plan.images) - self._max_images
         wait = 1.0
         if known is not None and self._images:
-            wait = excess * max(time.ahead for time in known.stages.values()) / self._images
+            wait = excess * max(part.ahead for part in known.stages.values()) / self._images
         return OverloadedError(
             f"{self._images} pictures are in work and {self._max_images} are allowed: retry later",
             retry_after_seconds=self._retry_after(known, wait),
@@ -207,8 +158,8 @@ class Admission:
 
     def _retry_after(self, known: Estimate | None, wait_seconds: float) -> float:
         """Seconds until there will be room, later for each further request that is refused meanwhile."""
-        slowest = max((time.each for time in known.stages.values()), default=0.0) if known else 0.0
-        return self._retry_times.after(wait_seconds, slowest)
+        busy = max(part.busy for part in known.stages.values()) if known else 0.0
+        return self._retry_times.after(wait_seconds, busy)
 
 
 def request_work(plan: GenerationPlan, steps: int) -> RequestWork:

@@ -17,7 +17,7 @@ from services.common.metrics import Metrics
 
 
 class Credits:
-    """Hands out a bounded number of credits, first come, first served.
+    """Hands out a bounded number of credits: tenants that wait take turns, and each is served first come, first served.
 
     Args:
         offered: how many there are at the moment; at least one is always taken to be there.
@@ -28,7 +28,8 @@ class Credits:
         self._offered = offered
         self._metrics = metrics
         self._held = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        # By tenant; the one whose turn is next is first.
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @property
     def all_held(self) -> bool:
@@ -36,26 +37,27 @@ class Credits:
         return self._held >= max(self._offered(), 1)
 
     @asynccontextmanager
-    async def held(self, remaining_seconds: float | None) -> AsyncIterator[None]:
+    async def held(self, tenant: str, remaining_seconds: float | None) -> AsyncIterator[None]:
         """Wait for a credit, and hold it.
 
         Args:
+            tenant: whose picture it is for.
             remaining_seconds: longest wait; None: no limit.
 
         Raises:
             DeadlineExceededError: none has become free in that time.
         """
-        await self._take(remaining_seconds)
+        await self._take(tenant, remaining_seconds)
         try:
             yield
         finally:
             self._held -= 1
             self._hand_out()
 
-    async def _take(self, remaining_seconds: float | None) -> None:
+    async def _take(self, tenant: str, remaining_seconds: float | None) -> None:
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(turn)
+        self._waiting.setdefault(tenant, deque()).append(turn)
         self._hand_out()
         expiry = None if remaining_seconds is None else loop.call_later(remaining_seconds, _expire, turn)
         try:
@@ -67,18 +69,29 @@ class Credits:
         finally:
             if expiry is not None:
                 expiry.cancel()
-            with suppress(ValueError):
-                self._waiting.remove(turn)
+            self._forget(tenant, turn)
             self._hand_out()
 
     def _hand_out(self) -> None:
         while self._waiting and not self.all_held:
-            turn = self._waiting.popleft()
+            tenant = next(iter(self._waiting))
+            turns = self._waiting.pop(tenant)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns  # behind the others
             if not turn.done():
                 self._held += 1
                 turn.set_result(None)
         self._metrics.credits.labels("held").set(self._held)
-        self._metrics.credits.labels("waiting").set(len(self._waiting))
+        self._metrics.credits.labels("waiting").set(sum(map(len, self._waiting.values())))
+
+    def _forget(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        """Drop one that waits no longer."""
+        turns = self._waiting.get(tenant, deque())
+        with suppress(ValueError):
+            turns.remove(turn)
+        if not turns:
+            self._waiting.pop(tenant, None)
 
 
 def _expire(turn: asyncio.Future[None]) -> None:

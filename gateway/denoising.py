@@ -6,8 +6,6 @@ none, or none that it accepts.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -18,14 +16,14 @@ from gateway.prompt_encoding import Encoded
 from gateway.report import Report
 from gateway.retry import Attempts
 from gateway.settings import GatewaySettings
-from gateway.stage_calls import StageCallError, StageCalls
-from safelight.errors import InternalError, OverloadedError
+from gateway.stage_calls import Loss, StageCallError, StageCalls
+from safelight.errors import InternalError
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse, DenoiseResult
 from safelight.v1.work_pb2 import Checkpoint, CheckpointOptions, StageTiming
 from services.common.metrics import Metrics
 
 _STAGE = "denoiser"
-_LONGEST_PAUSE_SECONDS = 1.0
+_DYING_SECONDS = 0.2  # what a dead process had sent is on its way for no longer
 
 
 @dataclass
@@ -51,7 +49,6 @@ class Denoising:
     report: Report
     settings: GatewaySettings
     metrics: Metrics
-    _full_since: float | None = None
 
     async def run(self, encoded: Encoded) -> DenoiseResult:
         """The latent of the picture.
@@ -117,26 +114,17 @@ class Denoising:
         elif event.HasField("preview"):
             self.report.preview(event.preview)
         elif event.HasField("checkpoint"):
-            self._announce(event.checkpoint)
-
-    def _announce(self, checkpoint: Checkpoint) -> None:
-        if not 0 < checkpoint.step < self.plan.images[self.index].sampling.steps:
-            return
-        self.checkpoints.announce(checkpoint)
+            self.checkpoints.announce(event.checkpoint)
 
     async def _recover(self, failure: StageCallError, attempts: Attempts) -> None:
-        """Returns when the next replica may be tried; raises what `Attempts.note` does."""
-        # A replica that drains still hands its last checkpoint out; one that has died has cut the connection.
-        await self.checkpoints.settle(self.settings.silence_seconds if failure.loss != "silence" else 0.0)
-        if isinstance(failure.error, OverloadedError) and self.ledger.steps_reached and self._may_wait():
-            await asyncio.sleep(min(failure.error.retry_after_seconds or 0.0, _LONGEST_PAUSE_SECONDS))
-            return
-        self._full_since = None
-        attempts.note(failure)
+        """Returns when the next replica may be tried; raises what `Attempts.recover` does."""
+        if failure.loss is not None:
+            await self.checkpoints.settle(self._fetch_seconds(failure.loss))
+        patience = self.settings.replica_wait_seconds if self.ledger.steps_reached else 0.0
+        await attempts.recover(failure, patience)
         if failure.loss is not None:
             self.metrics.resumes.labels(failure.loss).inc()
 
-    def _may_wait(self) -> bool:
-        """Whether a picture that has lost its place waits on for another one, as it would for a replica."""
-        self._full_since = self._full_since or time.monotonic()
-        return time.monotonic() - self._full_since < self.settings.replica_wait_seconds
+    def _fetch_seconds(self, loss: Loss) -> float:
+        """How long a lost replica's last checkpoint is waited for: one that stops still hands it out."""
+        return {"drain": self.settings.replica_wait_seconds, "death": _DYING_SECONDS, "silence": 0.0}[loss]

@@ -65,10 +65,6 @@ class StageLoad:
             for load in self.replicas
         ]
 
-    def idle(self) -> StageLoad:
-        """The same stage with nothing to do."""
-        return StageLoad([ReplicaLoad(0.0, 0, load.costs) for load in self.replicas])
-
 
 @dataclass(frozen=True)
 class StageTime:
@@ -77,12 +73,14 @@ class StageTime:
     Args:
         ahead: seconds until the first replica would begin with it, if nobody shared.
         each: seconds of the fastest replica's device for one piece, among others.
-        alone: seconds that all pieces take on an idle stage.
+        busy: seconds that all pieces take of the stage, among others.
+        alone: seconds until all are done on an idle stage.
         done: seconds until they are done.
     """
 
     ahead: float
     each: float
+    busy: float
     alone: float
     done: float
 
@@ -90,20 +88,27 @@ class StageTime:
 def stage_time(stage: StageLoad, work: Work, count: int, shared: bool) -> StageTime | None:
     """What so many equal pieces of work take in a stage; None: no replica has measured anything like it.
 
+    A replica that has not is taken to be as fast as one that has.
+
     Args:
         stage: its load.
         work: one piece.
         count: pieces.
         shared: whether replicas take turns between all that they have, pass by pass, as denoisers do.
     """
-    measured = [(load, load.costs.device_seconds(work)) for load in stage.spread()]
-    loads = [load for load, seconds in measured if seconds is not None]
-    if not loads:
+    spread = stage.spread()
+    measured = [(load.costs, load.costs.device_seconds(work)) for load in spread]
+    known = {costs: seconds for costs, seconds in measured if seconds is not None}
+    if not known:
         return None
+    each, usual = min(known.values()), next(iter(known))
+    loads = [load if load.costs in known else replace(load, costs=usual) for load in spread]
+    idle = [ReplicaLoad(0.0, 0, load.costs) for load in loads]
     return StageTime(
         ahead=min(load.backlog_seconds for load in loads),
-        each=min(seconds for _, seconds in measured if seconds is not None),
-        alone=_done(stage.idle().replicas, work, count, shared),
+        each=each,
+        busy=each * count / len(loads),
+        alone=_done(idle, work, count, shared),
         done=_done(loads, work, count, shared),
     )
 

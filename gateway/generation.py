@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.admission import Admission, Admitted
+from gateway.admission import Admission
+from gateway.admitted import Admitted
 from gateway.catalog import Stages
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
@@ -32,6 +33,8 @@ from safelight.v1.work_pb2 import WorkContext
 from services.common.exchange import TensorReader, TensorStore
 from services.common.metrics import Metrics
 from services.common.request_context import request_id
+
+_LAST_TIMESTAMP = 253_402_300_799  # of the year 9999; a call's deadline may be further away
 
 
 @dataclass
@@ -165,5 +168,6 @@ def _set_deadline(context: WorkContext, seconds: float | None) -> float | None:
     """Tell the stages of the deadline; returns it as `time.monotonic()`."""
     if seconds is None:
         return None
-    context.deadline.FromNanoseconds(round((time.time() + seconds) * 1e9))
+    moment = min(time.time() + seconds, _LAST_TIMESTAMP)
+    context.deadline.FromNanoseconds(int(moment * 1e9))
     return time.monotonic() + seconds

@@ -70,7 +70,7 @@ class Picture:
         Raises:
             SafelightError: a stage refused the request, or no replica could do its part.
         """
-        async with self.credits.held(self.calls.remaining_seconds()):
+        async with self.credits.held(self.plan.context.tenant, self.calls.remaining_seconds()):
             runs_left = self.settings.max_attempts
             while True:
                 reached = self.ledger.steps_reached
@@ -126,7 +126,7 @@ class Picture:
             except StageCallError as failure:
                 if failure.loss is not None:
                     self.ledger.timings.append(StageTiming(stage="decoder", replica=failure.replica.address))
-                attempts.note(failure)
+                await attempts.recover(failure, self.settings.replica_wait_seconds)
 
     async def _relay(self, request: DecodeRequest, attempts: Attempts) -> DecodeResult:
         """Send the file's chunks on as they come; returns the decoder's result."""

@@ -75,7 +75,7 @@ class PromptEncoding:
             except StageCallError as failure:
                 if failure.loss is not None:
                     lost.append(StageTiming(stage="encoder", replica=failure.replica.address))
-                attempts.note(failure)
+                await attempts.recover(failure)
             else:
                 return self._noted(response, lost)
 

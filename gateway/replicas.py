@@ -57,6 +57,11 @@ class Replica:
         """Whether it may be given work."""
         return self.healthy and not self.backlog.report.draining
 
+    @property
+    def silent(self) -> bool:
+        """Whether it has left several probes in a row without an answer: it is frozen, or its machine is gone."""
+        return self.slow_probes >= _SLOW_PROBES
+
     @contextmanager
     def work(self, work: Work) -> Iterator[None]:
         """Counts a piece of work as outstanding while it runs."""
@@ -211,7 +216,7 @@ class ReplicaSet:
         except grpc.aio.AioRpcError as error:
             slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             replica.slow_probes = replica.slow_probes + 1 if slow else 0
-            replica.healthy &= slow and replica.slow_probes < _SLOW_PROBES
+            replica.healthy &= slow and not replica.silent
         if replica.healthy != was_healthy:
             _log.info("replica changed", extra={"replica": replica.address, "healthy": replica.healthy})
 

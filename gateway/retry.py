@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass, field
 
 from gateway.replicas import Replica
@@ -17,6 +19,7 @@ from safelight.errors import (
 from services.common.metrics import Metrics
 
 _REPEATABLE = (OverloadedError, StageUnavailableError, FingerprintMismatchError)
+_LONGEST_PAUSE_SECONDS = 1.0
 
 
 class InputsLostError(Exception):
@@ -33,6 +36,12 @@ class Attempts:
 
     Every stage is a pure function of its request, so any of them may run again: on another replica when one can't be
     reached, is stopping, is full, or has other weights. One that hands its work back has not failed.
+
+    Args:
+        stage: its name.
+        most: tries without any progress.
+        metrics: where they are counted.
+        failed: replicas to avoid.
     """
 
     stage: str
@@ -40,9 +49,14 @@ class Attempts:
     metrics: Metrics
     failed: set[Replica] = field(default_factory=set)
     _used: int = 0
+    _full_since: float | None = None
 
-    def note(self, failure: StageCallError) -> None:
-        """Returns if the stage is to be tried again.
+    async def recover(self, failure: StageCallError, patience_seconds: float = 0.0) -> None:
+        """Returns when the stage is to be tried again.
+
+        Args:
+            failure: of the last try.
+            patience_seconds: how long full replicas are waited for; work that has come far is worth a wait.
 
         Raises:
             InputsLostError: it is of no use before the stage ahead of it has run again.
@@ -51,15 +65,22 @@ class Attempts:
         if _inputs_lost(failure.error):
             raise InputsLostError(failure.error) from failure
         self.failed.add(failure.replica)
-        self._used += failure.loss != "drain"
-        if self._used >= self.most or not (failure.loss or isinstance(failure.error, _REPEATABLE)):
-            raise failure.error from failure
+        if isinstance(failure.error, OverloadedError) and self._is_patient(patience_seconds):
+            await asyncio.sleep(min(failure.error.retry_after_seconds or 0.0, _LONGEST_PAUSE_SECONDS))
+        else:
+            self._used += failure.loss != "drain"
+            if self._used >= self.most or not (failure.loss or isinstance(failure.error, _REPEATABLE)):
+                raise failure.error from failure
         self.metrics.retries.labels(self.stage).inc()
 
     def note_progress(self) -> None:
         """The work has come further than ever before: what failed until now is forgiven."""
-        self._used = 0
+        self._used, self._full_since = 0, None
         self.failed.clear()
+
+    def _is_patient(self, patience_seconds: float) -> bool:
+        self._full_since = self._full_since or time.monotonic()
+        return time.monotonic() - self._full_since < patience_seconds
 
 
 def _inputs_lost(error: SafelightError) -> bool:

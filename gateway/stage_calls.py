@@ -80,7 +80,7 @@ class StageCalls:
         """The conditioning of a request's prompts."""
         async with self._call(self.stages.encoder, request.context, encode_work(request), avoid) as replica:
             answer = EncoderServiceStub(replica.channel).Encode(request, timeout=self.remaining_seconds())
-            response = await answer_within(answer, self.settings.encode_seconds)
+            response = await answer_within(answer, self.settings.encode_seconds, lambda: replica.silent)
             response.timing.replica = replica.address
             return response
 
@@ -100,7 +100,7 @@ class StageCalls:
         """The file of one picture in chunks, then its result."""
         async with self._call(self.stages.decoder, request.context, decode_work(request), avoid) as replica:
             call = DecoderServiceStub(replica.channel).Decode(request, timeout=self.remaining_seconds())
-            async with aclosing(events_within(call, self.settings.decode_seconds)) as events:
+            async with aclosing(events_within(call, self.settings.decode_seconds, lambda: replica.silent)) as events:
                 async for event in events:
                     if event.HasField("result"):
                         event.result.timing.replica = replica.address

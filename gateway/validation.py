@@ -9,7 +9,7 @@ from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
 from services.common.fingerprints import check_own_fingerprint
-from services.common.validation import check_determinism, check_range, check_seed, refuse_unserved
+from services.common.validation import check_deadline, check_determinism, check_range, check_seed, refuse_unserved
 
 MAX_IMAGES = 64
 MIN_PIXELS = 64
@@ -46,6 +46,7 @@ def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[F
     yield from check_determinism(request.determinism)
     yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.denoiser.max_steps)
     yield from check_range("context.priority", request.context.priority, -100, 100)
+    yield from check_deadline(request.context)
 
 
 def _prompt_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 import pytest
@@ -27,106 +23,17 @@ from safelight.v1.model_service_pb2 import GetModelRequest, ListModelsRequest
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, ReleaseRequest
 from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorLease, TensorRef
 from safelight.v1.work_pb2 import Checkpoint, GuidanceOptions, SamplingOptions, WorkContext
-from tests.support.cluster import Cluster, run_cluster
+from services.denoiser.sampling.state import SamplerState, state_to_bytes
+from tests.support.fuzz_target import SECONDS, FuzzTarget, Outcome
 from tests.support.spoiled_messages import mutilated, spoiled
 from tests.support.stage_requests import conditioning, decode_request, denoise_request
 
-SECONDS = 20.0
-"""Longest time of a call before it counts as hung."""
 OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
-SHORT: dict[str, Any] = {"max_steps": 8, "max_latent_area": 1024, "lease_seconds": 0.5, "warm_up_steps": 0}
-GAUGES = (
-    "safelight_requests_running",
-    "safelight_running",
-    "safelight_queue_depth",
-    "safelight_leases",
-    "safelight_leased_bytes",
-    "safelight_checkpoint_bytes",
-)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended."""
-
-    code: grpc.StatusCode
-    details: str
-    seconds: float
-
-
-class Target:
-    """A deployment on an event loop of its own, and plain channels to its servers that carry any bytes."""
-
-    def __init__(self, manifest: str) -> None:
-        self._manifest = manifest
-        self._ready, self._end = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
-        self._cluster: Cluster | None = None
-        self._channels: dict[str, grpc.Channel] = {}
-
-    async def _serve(self) -> None:
-        try:
-            async with run_cluster(
-                self._manifest,
-                denoiser=SHORT,
-                decoder={"lease_seconds": 0.5},
-                gateway={"max_images_in_flight": 4, "replica_wait_seconds": 1.0, "reattach_seconds": 0.1},
-            ) as self._cluster:
-                self._ready.set()
-                await asyncio.to_thread(self._end.wait)
-        finally:
-            self._ready.set()
-
-    def start(self) -> None:
-        self._thread.start()
-        self._ready.wait()
-        cluster = self.cluster
-        assert cluster.gateway is not None
-        servers = {"encoder": cluster.encoders[0], "denoiser": cluster.denoisers[0], "decoder": cluster.decoders[0]}
-        for name, server in (*servers.items(), ("gateway", cluster.gateway)):
-            self._channels[name] = grpc.insecure_channel(server.address)
-
-    def stop(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
-        self._end.set()
-        self._thread.join()
-
-    @property
-    def cluster(self) -> Cluster:
-        assert self._cluster is not None, "the deployment did not start"
-        return self._cluster
-
-    def call(self, server: str, method: str, request: bytes) -> Outcome:
-        """Send bytes as a request; a unary answer is a stream of one."""
-        started = time.monotonic()
-        send: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channels[server].unary_stream(
-            f"/safelight.v1.{method}"
-        )
-        call = send(request, timeout=SECONDS)
-        try:
-            for _ in call:
-                pass
-        except grpc.RpcError:
-            pass
-        return Outcome(call.code(), call.details() or "", time.monotonic() - started)
-
-    def left_behind(self) -> dict[str, float]:
-        """What is not back at 0."""
-        values = {name: self.cluster.total(name) for name in GAUGES}
-        return {name: value for name, value in values.items() if value}
-
-    def until_quiet(self) -> dict[str, float]:
-        """What is left behind when leases have had the time to end."""
-        give_up = time.monotonic() + SECONDS
-        while (left := self.left_behind()) and time.monotonic() < give_up:
-            time.sleep(0.02)
-        return left
 
 
 @pytest.fixture(scope="module")
-def target(tiny_manifest: str) -> Iterator[Target]:
-    target = Target(tiny_manifest)
+def target(tiny_manifest: str) -> Iterator[FuzzTarget]:
+    target = FuzzTarget(tiny_manifest)
     target.start()
     yield target
     target.stop()
@@ -198,7 +105,7 @@ same_every_time = settings(
 )
 
 
-def check(target: Target, server: str, method: str, request: bytes) -> None:
+def check(target: FuzzTarget, server: str, method: str, request: bytes) -> None:
     outcome = target.call(server, method, request)
     assert outcome.seconds < SECONDS, "hung"
     assert outcome.code in OUTCOMES or says_its_own_deadline(outcome), outcome
@@ -212,7 +119,7 @@ def says_its_own_deadline(outcome: Outcome) -> bool:
 @every_method
 @same_every_time
 @given(data=st.data())
-def test_a_spoiled_message_gets_a_status(target: Target, name: str, data: st.DataObject) -> None:
+def test_a_spoiled_message_gets_a_status(target: FuzzTarget, name: str, data: st.DataObject) -> None:
     case = CASES[name]
     check(target, case.server, case.method, data.draw(spoiled(lambda: case.valid)).data)
 
@@ -220,9 +127,22 @@ def test_a_spoiled_message_gets_a_status(target: Target, name: str, data: st.Dat
 @every_method
 @same_every_time
 @given(data=st.data())
-def test_mutilated_bytes_get_a_status(target: Target, name: str, data: st.DataObject) -> None:
+def test_mutilated_bytes_get_a_status(target: FuzzTarget, name: str, data: st.DataObject) -> None:
     case = CASES[name]
-    check(target, case.server, case.method, data.draw(mutilated(lambda: case.valid)).data)
+    check(target, case.server, case.method, data.draw(mutilated(case.valid.SerializeToString)).data)
+
+
+STATE = state_to_bytes(SamplerState(torch.zeros(1, 4, 8, 8), 1, (), 1))
+
+
+@same_every_time
+@given(data=st.data())
+def test_a_mutilated_checkpoint_gets_a_status(target: FuzzTarget, data: st.DataObject) -> None:
+    state = data.draw(mutilated(lambda: STATE)).data
+    request = denoise_request(steps=2)
+    header = TensorHeader(dtype=DATA_TYPE_UINT8, shape=[len(state)], fingerprint=target.denoiser_fingerprint)
+    request.resume_from.CopyFrom(Checkpoint(step=1, sampler_state=TensorRef(header=header, inline=state)))
+    check(target, "denoiser", "DenoiserService/Denoise", request.SerializeToString())
 
 
 HUGE = b"a" * (2 * 1024 * 1024)
@@ -240,12 +160,12 @@ HUGE_REQUESTS: dict[str, tuple[str, Message]] = {
 
 
 @pytest.mark.parametrize("what", HUGE_REQUESTS)
-def test_a_huge_message_gets_a_status(target: Target, what: str) -> None:
+def test_a_huge_message_gets_a_status(target: FuzzTarget, what: str) -> None:
     name, request = HUGE_REQUESTS[what]
     check(target, CASES[name].server, CASES[name].method, request.SerializeToString())
 
 
-def test_after_all_that_everything_is_served_and_nothing_is_left(target: Target) -> None:
+def test_after_all_that_everything_is_served_and_nothing_is_left(target: FuzzTarget) -> None:
     served = {name: case for name, case in CASES.items() if case.served}
     outcomes = {
         name: target.call(case.server, case.method, case.valid.SerializeToString()).code.name

@@ -9,7 +9,7 @@ As in train_vae.py the learning rate follows the clock and a killed run resumes 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class UnetRecipe:
     empty_captions: float = 0.1
     ema_decay: float = 0.999
     snr_gamma: float = 5.0
+    dtype: str = "bfloat16"
 
 
 def build_unet(recipe: UnetRecipe) -> UNet2DConditionModel:
@@ -128,10 +129,18 @@ class Trainer:
         self.weights = step_weights(self.scheduler.alphas_cumprod, recipe.snr_gamma)
         self.unet = build_unet(recipe)
         initialise(self.unet)
-        self.average = {name: tensor.clone() for name, tensor in self.unet.state_dict().items()}
+        self.average = self._copy()
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
         )
+
+    def start_from(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Takes over weights that are trained already; the average starts there too."""
+        self.unet.load_state_dict(states)
+        self.average = self._copy()
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.unet.state_dict().items()}
 
     def loss(self, chosen: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """The weighted epsilon error of one batch."""
@@ -139,7 +148,7 @@ class Trainer:
         noise = torch.randn_like(clean)
         timesteps = spread_timesteps(len(chosen), self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             predicted = self.unet(noisy, timesteps, self.encode(captions)).sample
         return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * self.weights[timesteps]).mean()
 
@@ -215,7 +224,7 @@ def main() -> None:
     latents = torch.load(arguments.prepared / "latents.pt", weights_only=True)
     trainer = Trainer(UnetRecipe(), load_encoder(arguments.prepared), latents)
     if arguments.start:
-        trainer.unet.load_state_dict(torch.load(arguments.start, weights_only=True))
+        trainer.start_from(torch.load(arguments.start, weights_only=True))
     print(f"{sum(parameter.numel() for parameter in trainer.unet.parameters())} parameters", flush=True)
     train(trainer, build_subjects(load_glyphs()), arguments.minutes, arguments.out / "checkpoint.pt")
 

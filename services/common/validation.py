@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.message import Message
 
 from safelight.errors import FieldViolation, UnsupportedError
-from safelight.v1.work_pb2 import DeterminismClass
+from safelight.v1.work_pb2 import DeterminismClass, WorkContext
 
 MAX_SEED = 2**63 - 1
 
@@ -31,6 +31,17 @@ def check_seed(field: str, seed: int) -> Iterator[FieldViolation]:
     """A seed that every random generator takes."""
     if seed < 0:
         yield FieldViolation(field, f"is {seed}; must be from 0 to {MAX_SEED}, or left out to have one drawn")
+
+
+def check_deadline(context: WorkContext) -> Iterator[FieldViolation]:
+    """A moment that a Timestamp can hold: from the year 1 to 9999."""
+    try:
+        context.deadline.ToNanoseconds()
+    except ValueError:
+        yield FieldViolation(
+            "context.deadline",
+            f"is {context.deadline.seconds} s and {context.deadline.nanos} ns after 1970; must be a valid Timestamp",
+        )
 
 
 def check_determinism(value: DeterminismClass.ValueType) -> Iterator[FieldViolation]:

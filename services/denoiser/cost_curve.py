@@ -13,8 +13,10 @@ _WINDOW = 5
 TRUSTED_SAMPLES = 3
 # A pass can take longer than its size explains, but not less: so much faster, and what was known is out of date.
 _FASTER = 0.75
-# Seconds a row until the key's first pass has been measured.
+# Seconds a row while nothing at all has been measured.
 _UNMEASURED_SECONDS = 0.05
+# Clients choose latent shapes, so keys come and go; the curves of the last ones are kept.
+KEPT_KEYS = 64
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,22 @@ class StepCosts:
 
     def record(self, batch_key: Hashable, rows: int, seconds: float) -> None:
         """Learn from a pass of so many rows."""
-        self._curves.setdefault(batch_key, _Curve()).record(rows, seconds)
+        self._curves[batch_key] = self._curves.pop(batch_key, _Curve())
+        self._curves[batch_key].record(rows, seconds)
+        if len(self._curves) > KEPT_KEYS:
+            del self._curves[next(iter(self._curves))]
 
     def seconds(self, batch_key: Hashable, rows: int) -> float:
         """Seconds of a pass: the median of the last ones of its size, or an estimate.
 
         Between two measured sizes it is interpolated; outside them a row is taken to cost what it costs at the nearest
-        measured size, so that no estimate promises more than what has been seen.
+        measured size, so that no estimate promises more than what has been seen. A row of a key that was never measured
+        is taken to cost what the cheapest known one costs: a deadline is not given up on a guess.
         """
         curve = self._curves.get(batch_key)
-        return _UNMEASURED_SECONDS * rows if curve is None else curve.seconds(rows)
+        if curve is not None:
+            return curve.seconds(rows)
+        return rows * min((point.seconds / point.rows for point in self.points()), default=_UNMEASURED_SECONDS)
 
     def trusted_rows(self, batch_key: Hashable) -> int:
         """Rows of the largest size measured often enough to outvote an outlier; 0 where there is none."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 
 from services.denoiser.step_order import Standing
 from services.denoiser.step_work import Request, StepWork
 
 
+def promised(standings: Iterable[Standing[Request]]) -> list[Standing[Request]]:
+    """The requests whose deadlines can be met, the earliest first."""
+    possible = [standing for standing in standings if standing.deadline < math.inf and not standing.is_hopeless]
+    return sorted(possible, key=lambda standing: standing.deadline)
+
+
 def given_up(
-    standings: Iterable[Standing[Request]], now: float, work_seconds: Callable[[Standing[Request]], float | None]
+    by_deadline: Iterable[Standing[Request]], now: float, work_seconds: Callable[[Standing[Request]], float | None]
 ) -> set[StepWork[Request]]:
     """The requests that would miss their deadlines if the others are to meet theirs.
 
@@ -18,21 +25,20 @@ def given_up(
     up. That is what keeps an overload from making everybody late.
 
     Args:
-        standings: requests; those without a deadline, and those that are hopeless anyhow, are left out.
+        by_deadline: requests with a deadline, the earliest first.
         work_seconds: of the device that a request takes until its end; None if it can't be in time at all.
     """
     lost: set[StepWork[Request]] = set()
     kept: list[tuple[float, int, StepWork[Request]]] = []
     end = now
-    promised = [standing for standing in standings if standing.has_deadline and not standing.is_hopeless]
-    for position, standing in enumerate(sorted(promised, key=lambda each: each.due)):
+    for position, standing in enumerate(by_deadline):
         seconds = work_seconds(standing)
         if seconds is None:
             lost.add(standing.work)
             continue
         heapq.heappush(kept, (-seconds, position, standing.work))
         end += seconds
-        if end > standing.due:
+        if end > standing.deadline:
             longest, _, work = heapq.heappop(kept)
             end += longest
             lost.add(work)

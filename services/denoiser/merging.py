@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
-from services.denoiser.cost_curve import StepCosts
-from services.denoiser.deadlines import given_up
+from services.denoiser.cost_curve import KEPT_KEYS, StepCosts
+from services.denoiser.deadlines import given_up, promised
 from services.denoiser.step_order import Standing
 from services.denoiser.step_work import Request, StepWork
 
@@ -88,9 +88,13 @@ class Merging:
 
     def best_rows(self, batch_key: Hashable, sizes: Iterable[int]) -> int:
         """Of these sizes the one with the best throughput; the smallest where merging does not pay."""
+        return self._by_throughput(batch_key, sizes)[0]
+
+    def _by_throughput(self, batch_key: Hashable, sizes: Iterable[int]) -> list[int]:
         rates = {rows: rows / self._costs.seconds(batch_key, rows) for rows in sizes}
-        fewest, best = min(rates), max(rates, key=rates.__getitem__)
-        return best if rates[best] >= _WORTHWHILE * rates[fewest] else fewest
+        fewest = min(rates)
+        rates[fewest] *= _WORTHWHILE
+        return sorted(rates, key=lambda rows: (-rates[rows], rows))
 
     def form(self, ordered: Sequence[Standing[Request]], now: float) -> ForwardPass[Request]:
         """The next pass.
@@ -104,10 +108,8 @@ class Merging:
             return ForwardPass((ordered[0].work,))
         outlook = _Outlook(ordered, everyone[0].work.needs.batch_key, self._costs, now)
         sizes = _sizes(everyone)
-        fewest = min(len(outlook.lost(rows)) for rows in sizes)
-        harmless = [rows for rows in sizes if len(outlook.lost(rows)) == fewest]
-        rows = best = self.best_rows(outlook.batch_key, harmless)
-        if (trial := self._trial(outlook.batch_key, harmless, best)) is not None:
+        rows = best = outlook.least_harmful(self._by_throughput(outlook.batch_key, sizes))
+        if (trial := self._trial(outlook, sizes, best)) is not None:
             rows = trial
         mates = [each for each in ordered if shares_pass(ordered[0], each)]
         batch = _fill(sorted(mates, key=lambda each: each.is_hopeless or each.work in outlook.lost(rows)), rows)
@@ -119,17 +121,21 @@ class Merging:
             self._costs.record(done.batch_key, 1, seconds / done.rows)
             return
         self._costs.record(done.batch_key, done.rows, seconds)
-        self._trials.setdefault(done.batch_key, _Trials()).ran(done.rows, seconds, done.is_trial)
+        trials = self._trials[done.batch_key] = self._trials.pop(done.batch_key, _Trials())
+        trials.ran(done.rows, seconds, done.is_trial)
+        if len(self._trials) > KEPT_KEYS:
+            del self._trials[next(iter(self._trials))]
 
-    def _trial(self, batch_key: Hashable, sizes: Sequence[int], best: int) -> int | None:
-        """The size to be tried now in place of the best."""
-        trusted = self._costs.trusted_rows(batch_key)
-        trials = self._trials.setdefault(batch_key, _Trials())
-        if trials.passes and sizes[-1] > trusted:
-            return sizes[-1]
-        others = [rows for rows in sizes if rows != best]
-        oldest = min(others, key=lambda rows: (trials.last_pass.get(rows, 0), -rows), default=best)
-        return oldest if trials.allow(self._costs.seconds(batch_key, oldest)) else None
+    def _trial(self, outlook: _Outlook[Request], sizes: Sequence[int], best: int) -> int | None:
+        """The size to be tried now in place of the best, if it loses no more deadlines."""
+        trusted = self._costs.trusted_rows(outlook.batch_key)
+        trials = self._trials.get(outlook.batch_key, _Trials())
+        harmless = (rows for rows in reversed(sizes) if len(outlook.lost(rows)) <= len(outlook.lost(best)))
+        if trials.passes and sizes[-1] > trusted and (largest := next(harmless)) > trusted:
+            return largest
+        others = sorted(set(sizes) - {best}, key=lambda rows: (trials.last_pass.get(rows, 0), -rows))
+        oldest = next((rows for rows in others if len(outlook.lost(rows)) <= len(outlook.lost(best))), best)
+        return oldest if trials.allow(self._costs.seconds(outlook.batch_key, oldest)) else None
 
 
 class _Outlook(Generic[Request]):
@@ -137,26 +143,33 @@ class _Outlook(Generic[Request]):
 
     def __init__(self, ordered: Sequence[Standing[Request]], batch_key: Hashable, costs: StepCosts, now: float) -> None:
         self.batch_key = batch_key
-        self._ordered = ordered
+        self._promised = promised(ordered)
         self._costs = costs
         self._now = now
         self._lost: dict[int, set[StepWork[Request]]] = {}
 
+    def least_harmful(self, sizes: Sequence[int]) -> int:
+        """The first of the sizes that loses the fewest deadlines."""
+        for rows in sizes:
+            if not self.lost(rows):
+                return rows
+        return min(sizes, key=lambda rows: len(self.lost(rows)))
+
     def lost(self, rows: int) -> set[StepWork[Request]]:
         """The requests whose deadlines would be given up."""
         if rows not in self._lost:
-            self._lost[rows] = given_up(self._ordered, self._now, partial(self._work_seconds, rows))
+            pass_seconds = self._costs.seconds(self.batch_key, rows)
+            self._lost[rows] = given_up(self._promised, self._now, partial(self._work_seconds, rows, pass_seconds))
         return self._lost[rows]
 
-    def _work_seconds(self, rows: int, standing: Standing[Request]) -> float | None:
+    def _work_seconds(self, rows: int, pass_seconds: float, standing: Standing[Request]) -> float | None:
         """Seconds of the device until a request's end; None if passes of this size are too slow for it."""
-        work = standing.work
-        if work.needs.batch_key != self.batch_key or work.needs.alone:
-            return work.left * standing.step_seconds
-        size = max(rows, work.needs.rows)
-        pass_seconds = self._costs.seconds(self.batch_key, size)
-        margin = _MARGIN if size > work.needs.rows else 1.0
-        return None if standing.pace < margin * pass_seconds else work.left * pass_seconds * work.needs.rows / size
+        needs, left = standing.work.needs, standing.work.left
+        if needs.rows >= rows or needs.alone or needs.batch_key != self.batch_key:
+            return left * standing.step_seconds
+        if standing.deadline_pace < _MARGIN * pass_seconds:
+            return None
+        return left * pass_seconds * needs.rows / rows
 
 
 def shares_pass(one: Standing[Request], other: Standing[Request]) -> bool:

@@ -13,7 +13,7 @@ from typing import Generic
 
 from services.denoiser.backlog import backlog_seconds
 from services.denoiser.cost_curve import StepCosts
-from services.denoiser.deadlines import given_up
+from services.denoiser.deadlines import given_up, promised
 from services.denoiser.fair_share import FairShare
 from services.denoiser.merging import ForwardPass, Merging
 from services.denoiser.step_order import Standing, in_order
@@ -151,7 +151,7 @@ class StepScheduler(Generic[Request]):
             share = shared_pass[needs.batch_key] / best_rows[needs.batch_key]
             return standing.work.left * (standing.step_seconds if needs.alone else needs.rows * share)
 
-        lost = given_up(standings, now, work_seconds)
+        lost = given_up(promised(standings), now, work_seconds)
         return self._overdue_first(in_order(standings, self._shares, shared_pass, lost))
 
     def _overdue_first(self, ordered: list[Standing[Request]]) -> list[Standing[Request]]:

@@ -10,9 +10,6 @@ from services.denoiser.cost_curve import StepCosts
 
 Request = TypeVar("Request", bound=Hashable)
 
-# A request is served well when it takes no more than three times what it takes by itself.
-FAIR_STRETCH = 3.0
-
 
 @dataclass(frozen=True)
 class StepNeeds(Generic[Request]):
@@ -62,9 +59,3 @@ class StepWork(Generic[Request]):
         if self.needs.alone:
             return self.needs.rows * costs.seconds(self.needs.batch_key, 1)
         return costs.seconds(self.needs.batch_key, self.needs.rows)
-
-    def due(self, costs: StepCosts) -> float:
-        """Its deadline, or else the time by which it would have been served well."""
-        if self.needs.deadline is not None:
-            return self.needs.deadline
-        return self.arrived + FAIR_STRETCH * self.needs.steps * self.step_seconds(costs)

@@ -9,7 +9,7 @@ from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
 from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8
 from services.common.fingerprints import check_conditioning_fingerprints, check_own_fingerprint
-from services.common.validation import check_determinism, check_range, check_seed, refuse_unserved
+from services.common.validation import check_deadline, check_determinism, check_range, check_seed, refuse_unserved
 
 _MIN_EXTENT = 1
 _MAX_GUIDANCE_SCALE = 100
@@ -43,6 +43,7 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
     yield from check_range("sampling.steps", request.sampling.steps, 0, model.max_steps)
     yield from check_range("guidance.scale", request.guidance.scale, 0, _MAX_GUIDANCE_SCALE)
     yield from check_range("context.priority", request.context.priority, -100, 100)
+    yield from check_deadline(request.context)
     yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.max_steps)
     yield from check_range("checkpoints.every_steps", request.checkpoints.every_steps, 0, model.max_steps)
     yield from check_determinism(request.determinism)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from services.denoiser.job import DenoiseJob
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.planning import plan_sampling
 
-_PROBE_SIDE = 8  # the probe's latent is so many times narrower and lower than the usual one
+# The probe's latent is so many times narrower and lower than the usual one, where that leaves enough to normalise.
+_PROBE_RATIO, _MIN_PROBE_SIDE = 8, 4
 
 
 def warm_up(
@@ -53,17 +55,17 @@ def warm_up(
 def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, shape: tuple[int, ...]) -> float:
     """A guess at the seconds of a step, from a much smaller one, which also wakes the device's libraries up.
 
-    The truth lies between the small step's time, where launching kernels is what takes time, and `_PROBE_SIDE` squared
-    as much, where computing does.
+    The truth lies between the small step's time, where launching kernels is what takes time, and the ratio of the areas
+    as much, where computing does; the guess is their geometric mean.
     """
-    small = (shape[0], *(max(side // _PROBE_SIDE, 1) for side in shape[1:]))
+    small = (shape[0], *(max(side // _PROBE_RATIO, min(_MIN_PROBE_SIDE, side)) for side in shape[1:]))
     job = _job(engine, name, denoiser, small, steps=2)
     _, seconds = [_step_seconds(engine, [job]) for _ in range(2)]
-    return seconds * _PROBE_SIDE
+    return seconds * math.sqrt(math.prod(shape) / math.prod(small))
 
 
 def _measure(engine: DenoiserEngine, jobs: list[DenoiseJob], steps: int, until: float) -> list[float]:
-    """Seconds of as many steps as there is time for; of the first, which else does not count, if there is for no more."""
+    """Seconds of as many steps as time is left for; of the first, which else does not count, if for no other."""
     first = _step_seconds(engine, jobs)
     measured: list[float] = []
     while len(measured) < steps and time.perf_counter() + first <= until:

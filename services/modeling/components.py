@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from safelight.errors import CheckpointError
 from services.common.manifest import Component, ModelEntry
 from services.modeling.product_speed import bfloat16_is_fast
 from services.modeling.weights import Checkpoint, open_checkpoint
+
+_log = logging.getLogger("safelight.components")
 
 _PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15"}
 # A key that a single file of the family has, and others lack.
@@ -128,11 +131,12 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a manifest entry; "auto" is float16 on a GPU and float32 on a CPU.
 
-    So is bfloat16 on a CPU that would be slower with it: float32 takes more memory there, but less time.
+    bfloat16 is float32, and logged as such, on a CPU that is slower with it: more memory and less time.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
     if name == "bfloat16" and device.type == "cpu" and not bfloat16_is_fast():
+        _log.warning("this CPU computes float32 faster than bfloat16: float32 it is, which takes more memory")
         return torch.float32
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

@@ -4,7 +4,7 @@ For that memory format torch's CPU kernel takes the variance as the mean of squa
 added up one by one in float32. With the 4 million elements that a VAE has in a group it is off by 2e-4 of a deviation;
 where the mean is ten deviations, by 6e-3; where it is a hundred, by anything. So the moments are taken here, by strips
 that fit the cache. The rest is torch's batch normalisation, which with the moments of a group is group normalisation.
-A copy to the format that torch's kernel is exact for takes less time for small pictures, several times as much for large.
+Small pictures are copied to the format that torch's kernel is exact for; with large ones that would take far longer.
 
 Shapes: C channels, H W height and width, L = H * W, G groups, K = C / G channels of a group.
 """

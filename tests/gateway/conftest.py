@@ -74,12 +74,13 @@ async def deploy() -> AsyncIterator[Deploy]:
             encoders: Sequence[FakeEncoder] = (FakeEncoder(),),
             **settings: Any,
         ) -> FakeDeployment:
-            stages = [[await serve(fake.service()) for fake in fakes] for fakes in (encoders, denoisers, decoders)]
-            addresses = [tuple(server.address for server in servers) for servers in stages]
+            first, second, third = [
+                [await serve(fake.service()) for fake in fakes] for fakes in (encoders, denoisers, decoders)
+            ]
             chosen = GatewaySettings(
-                encoders=addresses[0],
-                denoisers=addresses[1],
-                decoders=addresses[2],
+                encoders=tuple(server.address for server in first),
+                denoisers=tuple(server.address for server in second),
+                decoders=tuple(server.address for server in third),
                 **{"drain_seconds": 0.0, "health_interval_seconds": 0.05, **settings},
             )
             surroundings = make_surroundings()
@@ -88,6 +89,6 @@ async def deploy() -> AsyncIterator[Deploy]:
             stack.push_async_callback(gateway.stop)
             channel: grpc.aio.Channel = open_channel(gateway.address)
             stack.push_async_callback(channel.close)
-            return FakeDeployment(*stages, GenerationServiceStub(channel), surroundings.metrics)
+            return FakeDeployment(first, second, third, GenerationServiceStub(channel), surroundings.metrics)
 
         yield start

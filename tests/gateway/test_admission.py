@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.admission import Admission, Admitted
+from gateway.admission import Admission
+from gateway.admitted import Admitted
 from gateway.catalog import Stages
 from gateway.plan import GenerationPlan, make_plan
 from gateway.replicas import ReplicaSet

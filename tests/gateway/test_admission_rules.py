@@ -13,7 +13,7 @@ RULES = AdmissionRules(max_queue_seconds=10.0, deadline_factor=1.0)
 
 
 def estimate(seconds: float = 1.0, ahead: float = 0.0, alone: float = 1.0) -> Estimate:
-    time = StageTime(ahead=ahead, each=alone, alone=alone, done=ahead + alone)
+    time = StageTime(ahead=ahead, each=alone, busy=alone, alone=alone, done=ahead + alone)
     return Estimate(seconds, alone, {"denoiser": time})
 
 
@@ -39,7 +39,7 @@ def test_the_queue_is_bounded_with_the_requests_own_work_and_half_of_it_is_open_
 
 
 def test_the_full_stage_is_named() -> None:
-    idle, full = StageTime(0, 1, 1, 1), StageTime(99, 1, 1, 100)
+    idle, full = StageTime(0, 1, 1, 1, 1), StageTime(99, 1, 1, 1, 100)
     assert RULES.full_stage(Estimate(1, 1, {"denoiser": idle, "decoder": full})) == "decoder"
     assert RULES.full_stage(Estimate(1, 1, {"denoiser": idle, "decoder": idle})) is None
 

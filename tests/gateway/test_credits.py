@@ -1,4 +1,4 @@
-"""Laws of credits: never more than are offered, first come first served, and none is ever lost."""
+"""Laws of credits: never more than are offered, tenants take turns, and none is ever lost."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Pictures:
         self.begun: list[int] = []
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
-    async def start(self, *names: int, remaining_seconds: float | None = None) -> None:
+    async def start(self, *names: int, tenant: str = "", remaining_seconds: float | None = None) -> None:
         for name in names:
-            self.tasks[name] = asyncio.create_task(self._make(name, remaining_seconds))
+            self.tasks[name] = asyncio.create_task(self._make(name, tenant, remaining_seconds))
         await settle()
 
-    async def _make(self, name: int, remaining_seconds: float | None) -> None:
-        async with self.credits.held(remaining_seconds):
+    async def _make(self, name: int, tenant: str, remaining_seconds: float | None) -> None:
+        async with self.credits.held(tenant, remaining_seconds):
             self.begun.append(name)
             await asyncio.Event().wait()
 
@@ -67,6 +67,16 @@ async def test_no_more_pictures_begin_than_there_are_credits_and_they_begin_in_o
         assert made.begun == [1, 2, 3]
         await made.stop(3)
         assert made.begun == [1, 2, 3, 4]
+
+
+async def test_tenants_that_wait_take_turns() -> None:
+    async with pictures(1) as made:
+        await made.start(0)
+        await made.start(11, 12, 13, tenant="a")
+        await made.start(21, 22, tenant="b")
+        for name in (0, 11, 21, 12, 22):
+            await made.stop(name)
+        assert made.begun == [0, 11, 21, 12, 22, 13]
 
 
 async def test_one_that_gives_up_while_it_waits_is_passed_over() -> None:
@@ -120,7 +130,7 @@ async def test_whatever_happens_no_credit_is_lost_and_none_is_made() -> None:
     choose = random.Random(7)
     async with pictures(3) as made:
         for name in range(300):
-            await made.start(name, remaining_seconds=choose.choice((None, 0.0, 0.001)))
+            await made.start(name, tenant=choose.choice("abc"), remaining_seconds=choose.choice((None, 0.0, 0.001)))
             assert (made.shown("held") or 0) <= 3
             if choose.random() < 0.5:
                 made.tasks[choose.randrange(name + 1)].cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safelight import Accepted, DeadlineUnreachableError, GenerationOptions, GenerationResult
+from safelight import Accepted, DeadlineExceededError, DeadlineUnreachableError, GenerationOptions, GenerationResult
 from tests.support.cluster import Cluster, run_cluster
 
 # Work counts as a hundred times as long as it is: it is refused by a deadline that it would meet on any machine.
@@ -32,6 +32,14 @@ async def test_an_unreachable_deadline_is_refused_before_any_step(tiny_manifest:
         assert float(caught.value.metadata["estimated_seconds"]) > SECONDS / 30 * STRICT["deadline_factor"]
         assert cluster.total("safelight_denoise_steps_total") == steps
         assert cluster.total("safelight_admission_refused_total", reason="deadline") == 1
+
+
+async def test_a_deadline_that_passes_in_the_middle_is_counted_where_it_passed(tiny_manifest: str) -> None:
+    async with run_cluster(tiny_manifest) as cluster:
+        assert cluster.client is not None
+        with pytest.raises(DeadlineExceededError):
+            await cluster.client.generate("a cat", steps=1000, timeout_seconds=0.5)
+        await cluster.until("safelight_deadline_missed_total", 1.0, stage="denoiser")
 
 
 async def test_with_min_steps_a_picture_of_fewer_steps_is_made_and_says_so(tiny_manifest: str) -> None:

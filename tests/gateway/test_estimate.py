@@ -81,7 +81,7 @@ def test_the_decoders_queue_drains_while_the_denoiser_works() -> None:
 
 def test_several_pictures_go_to_several_replicas() -> None:
     found = time_of(stage_time(stage(0.0, 0.0, curve={1: 1.0}), Work("tiny", SHAPE), 4, shared=False))
-    assert (found.each, found.alone, found.done) == pytest.approx((1.0, 2.0, 2.0))
+    assert (found.each, found.busy, found.alone, found.done) == pytest.approx((1.0, 2.0, 2.0, 2.0))
 
 
 def test_a_slow_replica_is_left_alone_while_a_fast_one_is_done_sooner() -> None:
@@ -93,6 +93,12 @@ def test_pictures_of_one_request_share_passes_where_that_pays() -> None:
     found = time_of(stage_time(stage(0.0, curve={1: 1.0, 4: 1.6}), request(steps=10).denoise, 4, shared=True))
     assert found.each == pytest.approx(4.0)
     assert found.done == pytest.approx(16.0)
+
+
+def test_a_replica_that_has_measured_nothing_yet_is_taken_to_be_as_fast_as_another() -> None:
+    mixed = StageLoad([ReplicaLoad(0.0, 0, costs({})), ReplicaLoad(3.0, 1, costs({1: 1.0}))])
+    time = time_of(stage_time(mixed, Work("tiny", SHAPE), 1, shared=False))
+    assert (time.ahead, time.busy, time.alone, time.done) == pytest.approx((0.0, 0.5, 1.0, 1.0))
 
 
 def test_work_that_is_to_come_is_ahead_too() -> None:

@@ -12,7 +12,6 @@ from safelight.errors import (
     FingerprintMismatchError,
     InvalidRequestError,
     LeaseExpiredError,
-    NonFiniteError,
     OverloadedError,
     SafelightError,
     StageDrainingError,
@@ -238,17 +237,19 @@ async def test_a_picture_that_comes_further_each_time_is_never_given_up(deploy: 
     assert (receipt.steps_run, receipt.steps_recomputed) == (10, 0)
 
 
-async def test_a_picture_that_fails_at_the_same_step_every_time_is_given_up(deploy: Deploy) -> None:
+async def test_a_picture_that_kills_every_replica_at_the_same_step_is_given_up(deploy: Deploy) -> None:
     async def poison(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
         for number in range(request.resume_from.step + 1, 5):
             yield step(number)
-            yield checkpoint(number)
-        raise NonFiniteError("latents: not finite")
+            yield checkpoint(3)
+        raise StageUnavailableError("as gRPC says it of a process that has died")
 
-    deployment = await deploy([FakeDenoiser(poison)])
+    fakes = [FakeDenoiser(poison), FakeDenoiser(poison)]
+    deployment = await deploy(fakes, max_attempts=3)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await deployment.events(REQUEST)
-    assert isinstance(from_rpc_error(caught.value), NonFiniteError)
+    assert isinstance(from_rpc_error(caught.value), StageUnavailableError)
+    assert sum(len(fake.requests) for fake in fakes) == 3
 
 
 async def test_work_in_progress_waits_for_a_replica_to_come(deploy: Deploy, serve: Serve) -> None:

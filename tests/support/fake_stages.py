@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelight.v1 import work_pb2 as work
-from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse, DecodeResult
+from safelight.v1.decoder_service_pb2 import (
+    DecodeRequest,
+    DecodeResponse,
+    DecodeResult,
+    EncodeImageRequest,
+    EncodeImageResponse,
+)
 from safelight.v1.decoder_service_pb2_grpc import DecoderServiceServicer, add_DecoderServiceServicer_to_server
 from safelight.v1.denoiser_service_pb2 import DenoiseProgress, DenoiseRequest, DenoiseResponse, DenoiseResult
 from safelight.v1.denoiser_service_pb2_grpc import DenoiserServiceServicer, add_DenoiserServiceServicer_to_server
@@ -185,6 +191,9 @@ class _Decoder(DecoderServiceServicer):
         async with aclosing(self._decode(request)) as responses:
             async for response in responses:
                 yield response
+
+    async def EncodeImage(self, request: EncodeImageRequest, context: Context) -> EncodeImageResponse:
+        raise AssertionError("the gateway of this release never calls it")
 
 
 @dataclass

@@ -11,7 +11,24 @@ from google.protobuf.message import Message
 from hypothesis import strategies as st
 
 _DEPTH = 4
-_INTEGERS = (0, 1, 2, 7, 64, 1000, 2**31 - 1, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1, -1, -7, -(2**31), -(2**63))
+_YEAR_9999 = 253_402_300_799
+_INTEGERS = (
+    0,
+    1,
+    2,
+    7,
+    1000,
+    2**31 - 1,
+    2**32 - 1,
+    _YEAR_9999,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+    -1,
+    -7,
+    -(2**31),
+    -(2**63),
+)
 _FLOATS = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, -1.0, 0.5, 1e308, 5e-324)
 _TEXTS = ("", "tiny", "\0", "..", "é" * 50, "a" * 70_000, "euler", "127.0.0.1:1", "unix:/nowhere", "x:y:z", "alice")
 _BYTES = (b"", b"\0", b"\0" * 8, b"x" * 256, b"x" * 70_000, b"\x89PNG\r\n\x1a\n" + bytes(64), b"\xff\xd8\xff\xe0")
@@ -42,9 +59,9 @@ def spoiled(draw: st.DrawFn, valid: Callable[[], Message]) -> Nonsense:
 
 
 @st.composite
-def mutilated(draw: st.DrawFn, valid: Callable[[], Message]) -> Nonsense:
-    """The message's bytes, cut off, changed, or with others put in."""
-    data = bytearray(valid().SerializeToString())
+def mutilated(draw: st.DrawFn, valid: Callable[[], bytes]) -> Nonsense:
+    """The bytes, cut off, changed, or with others put in."""
+    data = bytearray(valid())
     start = draw(st.integers(0, len(data)))
     damage = draw(st.sampled_from(("cut", "flip", "insert", "repeat", "replace")))
     other = draw(st.binary(min_size=1, max_size=16))

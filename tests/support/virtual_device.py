@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-from bench.synthetic_device import published_curve
+from bench.synthetic_device import DeviceCurve, published_curve
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.scheduler import SchedulerLimits, StepNeeds, StepScheduler
 
@@ -26,7 +26,7 @@ class VirtualDevice:
 
     def __init__(
         self,
-        curve: Callable[[int], float] = published_curve,
+        curve: DeviceCurve = published_curve,
         max_rows: int = 8,
         max_running: int = 64,
         weights: Mapping[str, float] | None = None,
@@ -41,7 +41,7 @@ class VirtualDevice:
         self.steps_done: Counter[str] = Counter()
         self.took: dict[str, float] = {}
         self._arrived: dict[str, float] = {}
-        self.tenant_seconds: Counter[str] = Counter()
+        self.tenant_seconds: defaultdict[str, float] = defaultdict(float)
 
     def add(self, name: str, steps: int = 10, rows: int = 1, key: Hashable = KEY, **more: Any) -> None:
         """A request arrives now; `more` as in StepNeeds."""
@@ -62,7 +62,7 @@ class VirtualDevice:
         self.scheduler.stepped(batch, seconds)
         for name in batch:
             needs = self.needs[name]
-            self.tenant_seconds[needs.tenant] += seconds * needs.rows / rows  # type: ignore[assignment]
+            self.tenant_seconds[needs.tenant] += seconds * needs.rows / rows
             self.steps_done[name] += 1
             if self.steps_done[name] == needs.steps:
                 self.took[name] = self.now - self._arrived[name]
@@ -84,7 +84,7 @@ class VirtualDevice:
         return self.took[name] / self.solo_seconds(name)
 
 
-def known(curve: Callable[[int], float], max_rows: int, key: Hashable = KEY) -> StepCosts:
+def known(curve: DeviceCurve, max_rows: int, key: Hashable = KEY) -> StepCosts:
     """A cost curve that has been measured at every size."""
     costs = StepCosts()
     for rows in range(1, max_rows + 1):

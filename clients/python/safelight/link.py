@@ -15,9 +15,11 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
     ("grpc.max_send_message_length", 8 * 1024 * 1024),
-    # A connection that has died silently is told from a long step within 15 seconds.
+    # A connection that has died silently is told from a long step within 20 seconds. Keepalive's own timeout is not
+    # enough: grpcio 1.85 gives a ping that is already under way a minute by default.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC answers calls with its last failure until it tries to connect again: sooner than it would by itself.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -6,7 +6,7 @@ otherwise. Leases end by acknowledgement or by time.
 """
 
 from services.common.exchange.buffer_pool import BufferPool
-from services.common.exchange.chunk_stream import CHUNK_BYTES
+from services.common.exchange.chunk_messages import CHUNK_BYTES
 from services.common.exchange.digests import digest
 from services.common.exchange.payload import BytesPayload, Payload
 from services.common.exchange.servicer import TensorExchangeServicer, mount_exchange

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 _SMALLEST_BYTES = 64 * 1024
-_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_TOUCHED = getattr(mmap, "MAP_POPULATE", 0)
 
 
 class BufferPool:
@@ -49,8 +50,10 @@ class BufferPool:
             return self._idle[capacity].pop()
         except (KeyError, IndexError):
             pass
+        # What would not be kept is not worth touching: its header may lie about the size.
+        flags = _MAP_FLAGS | (_TOUCHED if capacity <= self._limit else 0)
         try:
-            return mmap.mmap(-1, capacity, flags=_MAP_FLAGS)
+            return mmap.mmap(-1, capacity, flags=flags)
         except OSError as error:
             raise MemoryError(f"no memory for a tensor of {capacity} bytes") from error
 

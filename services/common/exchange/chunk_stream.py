@@ -1,19 +1,13 @@
-"""The chunk stream: a leased tensor's bytes over gRPC, in messages that are written and read by hand.
-
-A `PullResponse` has one field, so its wire form is a tag, a length and the bytes. Writing that here saves protobuf's
-copies on either side; the wire stays valid protobuf.
-"""
+"""The chunk stream: a leased tensor's bytes over gRPC, which go on from where they broke."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from safelight.errors import (
     LeaseExpiredError,
@@ -25,10 +19,10 @@ from safelight.errors import (
 from safelight.v1 import tensor_exchange_service_pb2 as pb
 from safelight.v1.tensor_pb2 import TensorLease
 from services.common.channels import ChannelPool
+from services.common.exchange.chunk_messages import read_chunk
 from services.common.exchange.digests import running_digest
 from services.common.metrics import Metrics
 
-CHUNK_BYTES = 1024 * 1024
 PULL = "/safelight.v1.TensorExchangeService/Pull"
 ATTEMPTS = 3
 """Times that a pull is begun or continued before it is an error."""
@@ -38,48 +32,6 @@ SILENCE_SECONDS = 4.0
 """A holder that sends nothing for so long has gone silent."""
 
 _log = logging.getLogger("safelight.exchange")
-_TAG = b"\x0a"  # field 1, length-delimited
-
-
-def write_chunk(chunk: memoryview) -> bytes:
-    """The serialised PullResponse with these bytes."""
-    return b"".join((_TAG, _varint(chunk.nbytes), chunk))
-
-
-def read_chunk(message: bytes) -> memoryview:
-    """The bytes of a serialised PullResponse, viewed.
-
-    Raises:
-        TensorCorruptError: it is none.
-    """
-    end, length, shift = 1, 0, 0
-    if message[:1] == _TAG:
-        for byte in message[1:6]:
-            length |= (byte & 0x7F) << shift
-            shift, end = shift + 7, end + 1
-            if byte < 0x80:
-                break
-    if end > 1 and end + length == len(message):
-        return memoryview(message)[end:]
-    try:  # another writer may have put it differently, e.g. an empty message
-        return memoryview(pb.PullResponse.FromString(message).data)
-    except DecodeError as error:
-        raise TensorCorruptError("a chunk is no PullResponse message; pull it again") from error
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def chunks(data: memoryview, offset: int) -> Iterator[memoryview]:
-    """The bytes from an offset on, in pieces for `write_chunk`."""
-    for start in range(offset, data.nbytes, CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import grpc
 
 from safelight.errors import InvalidRequestError
 from safelight.v1 import tensor_exchange_service_pb2 as pb
-from services.common.exchange.chunk_stream import chunks, write_chunk
+from services.common.exchange.chunk_messages import chunks, write_chunk
 from services.common.exchange.tensor_store import TensorStore
 from services.common.request_context import Context
 

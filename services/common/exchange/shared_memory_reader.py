@@ -10,7 +10,7 @@ from safelight.v1.tensor_pb2 import TensorLease
 from services.common.exchange.digests import running_digest
 from services.common.exchange.host import host_identity, is_own_user, socket_name
 from services.common.exchange.shared_memory_server import GREETING, PIECE, SILENCE_SECONDS
-from services.common.exchange.slot_pool import read_slot
+from services.common.exchange.slot_pool import SlotReader
 
 
 class SharedMemoryError(Exception):
@@ -45,20 +45,20 @@ def _receive(connection: socket.socket, buffer: memoryview) -> bytes:
     try:
         if len(descriptors) != 1 or GREETING.unpack(greeting) != (buffer.nbytes,):
             raise SharedMemoryError("the holder has no free slot, or no such tensor")
-        return _copy(connection, descriptors[0], buffer)
+        return _copy(connection, SlotReader(descriptors[0]), buffer)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _copy(connection: socket.socket, descriptor: int, buffer: memoryview) -> bytes:
+def _copy(connection: socket.socket, slots: SlotReader, buffer: memoryview) -> bytes:
     filled, received = 0, running_digest()
     while filled < buffer.nbytes:
         base, generation, size = PIECE.unpack(connection.recv(PIECE.size))
         piece = buffer[filled : filled + size]
         if not 0 < size == piece.nbytes:
             raise SharedMemoryError("the holder sent more than the tensor has")
-        if not read_slot(descriptor, base, generation, piece):
+        if not slots.read(base, generation, piece):
             raise SharedMemoryError("the slot was used again before it was read")
         received.update(piece)  # while it is in the processor's cache
         filled += size

@@ -8,7 +8,11 @@ still looks at it; the reader then finds another generation than it was told, an
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
+from typing import Any
+
+import numpy as np
 
 SLOT_BYTES = 1024 * 1024
 _HEADER_BYTES = 4096  # a page, for the generation alone: bytes begin at a page
@@ -28,14 +32,14 @@ class SlotPool:
     """
 
     def __init__(self, count: int) -> None:
-        self._descriptor = os.memfd_create("safelight-tensors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create("safelight-tensors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self._descriptor, count * _STRIDE)
-            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.reader_descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(self._descriptor)
-            raise
+            os.ftruncate(descriptor, count * _STRIDE)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._memory: Any = np.frombuffer(mmap.mmap(descriptor, count * _STRIDE), np.uint8)
+            self.reader_descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
         self._generations = [0] * count
         self._free = list(range(count))
 
@@ -55,28 +59,44 @@ class SlotPool:
         self._generations[slot] += 1
         generation, base = self._generations[slot], slot * _STRIDE
         # Before the bytes: who reads the old number after its bytes has read none of the new.
-        os.pwrite(self._descriptor, generation.to_bytes(_GENERATION_BYTES, "little"), base)
-        written = 0
-        while written < piece.nbytes:
-            written += os.pwrite(self._descriptor, piece[written:], base + _HEADER_BYTES + written)
+        self._memory[base : base + _GENERATION_BYTES] = _as_bytes(generation)
+        start = base + _HEADER_BYTES
+        np.copyto(self._memory[start : start + piece.nbytes], np.frombuffer(piece, np.uint8))  # without the GIL
         return base, generation
 
     def close(self) -> None:
         """Let go of the memory; readers that have its descriptor keep it."""
-        os.close(self._descriptor)
         os.close(self.reader_descriptor)
+        self._memory = None
 
 
-def read_slot(descriptor: int, base: int, generation: int, into: memoryview) -> bool:
-    """Fill the view from a slot; False when the slot holds something else by now.
+class SlotReader:
+    """A reader's view of another process's slots.
+
+    Args:
+        descriptor: as that process gave it; may be closed afterwards.
 
     Raises:
-        OSError: there is no such slot.
+        OSError, ValueError: it is no memory that can be read safely.
     """
-    filled = 0
-    while filled < into.nbytes:
-        count = os.preadv(descriptor, [into[filled:]], base + _HEADER_BYTES + filled)
-        if count == 0:
-            raise OSError(f"no slot at byte {base}")
-        filled += count
-    return int.from_bytes(os.pread(descriptor, _GENERATION_BYTES, base), "little") == generation
+
+    def __init__(self, descriptor: int) -> None:
+        if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("the holder's memory could shrink, which would kill its readers")
+        self._memory: Any = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)
+
+    def read(self, base: int, generation: int, into: memoryview) -> bool:
+        """Fill the view from the slot at byte `base`; False when the slot holds something else by now.
+
+        Raises:
+            ValueError: there is no such slot.
+        """
+        start = base + _HEADER_BYTES
+        if base < 0 or start + into.nbytes > self._memory.nbytes:
+            raise ValueError(f"no slot at byte {base}")
+        np.copyto(np.frombuffer(into, np.uint8), self._memory[start : start + into.nbytes])  # without the GIL
+        return bool(np.array_equal(self._memory[base : base + _GENERATION_BYTES], _as_bytes(generation)))
+
+
+def _as_bytes(generation: int) -> Any:
+    return np.frombuffer(generation.to_bytes(_GENERATION_BYTES, "little"), np.uint8)

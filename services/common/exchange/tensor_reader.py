@@ -7,14 +7,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from safelight.errors import TensorCorruptError
+from safelight.errors import OutOfMemoryError, TensorCorruptError
 from safelight.tensors import byte_size, check_size
 from safelight.v1 import tensor_exchange_service_pb2 as pb
 from safelight.v1.tensor_exchange_service_pb2_grpc import TensorExchangeServiceStub
 from safelight.v1.tensor_pb2 import TensorLease, TensorRef
 from services.common.channels import ChannelPool
 from services.common.exchange.buffer_pool import BufferPool
-from services.common.exchange.chunk_stream import CHUNK_BYTES, ChunkStream
+from services.common.exchange.chunk_messages import CHUNK_BYTES
+from services.common.exchange.chunk_stream import ChunkStream
 from services.common.exchange.digests import digest
 from services.common.exchange.payload import BytesPayload, Payload
 from services.common.exchange.shared_memory_reader import SharedMemoryError, is_near, read_shared
@@ -56,6 +57,7 @@ class TensorReader:
             TensorCorruptError: the bytes do not match the header, or the header is not one this stage accepts.
             LeaseExpiredError: the holder has dropped it.
             StageUnavailableError: the holder can't be reached.
+            OutOfMemoryError: there is no room for it.
         """
         with _naming(field):
             size = byte_size(ref.header)
@@ -94,7 +96,12 @@ class TensorReader:
 
     async def _fetch(self, ref: TensorRef, size: int, field: str) -> Payload:
         """A tensor of another process, by the shortest way that works."""
-        buffer = await self._buffer(size)
+        try:
+            buffer = await self._buffer(size)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{field}: {size} bytes are more than this stage has room for now", field=field
+            ) from error
         path, received = "shared", await self._read_shared(ref.lease, buffer)
         if received is None:
             path, received = "stream", await self._stream.pull(ref.lease, buffer, field)

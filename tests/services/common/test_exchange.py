@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from safelight.errors import InvalidRequestError, LeaseExpiredError, StageUnavailableError, TensorCorruptError
+from safelight.errors import (
+    InvalidRequestError,
+    LeaseExpiredError,
+    OutOfMemoryError,
+    StageUnavailableError,
+    TensorCorruptError,
+)
 from safelight.tensors import MAX_INLINE_BYTES
 from safelight.v1.load_service_pb2 import GetLoadResponse
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, PullResponse, ReleaseRequest, ReleaseResponse
@@ -253,6 +259,14 @@ async def test_a_bad_reference_is_refused_before_anything_is_fetched(
     with pytest.raises(TensorCorruptError, match=sentence) as caught:
         await process.reader.read(ref, "latents")
     assert caught.value.metadata == {"field": "latents"}
+
+
+async def test_a_tensor_that_memory_has_no_room_for_is_refused_by_name(start_process: StartProcess) -> None:
+    process = await start_process()
+    reader = TensorReader(process.store, ChannelPool(), 2**60, process.metrics)
+    ref = TensorRef(header=header(2**50), lease=TensorLease(endpoint="127.0.0.1:1"))
+    with pytest.raises(OutOfMemoryError, match="latents: 1125899906842624 bytes"):
+        await reader.read(ref, "latents")
 
 
 async def test_a_header_that_does_not_fit_its_payload_is_never_put(start_process: StartProcess) -> None:

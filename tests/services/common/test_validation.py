@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from safelight.errors import FieldViolation
-from services.common.validation import MAX_SEED, check_range, check_seed
+from safelight.v1.work_pb2 import WorkContext
+from services.common.validation import MAX_SEED, check_deadline, check_range, check_seed
 
 
 @pytest.mark.parametrize("value", [0, 0.5, 1])
@@ -30,3 +32,14 @@ def test_a_seed_from_0_is_right(seed: int) -> None:
 def test_a_negative_seed_is_wrong() -> None:
     (violation,) = check_seed("seed", -1)
     assert (violation.field, violation.description[:5]) == ("seed", "is -1")
+
+
+@pytest.mark.parametrize("deadline", [None, Timestamp(), Timestamp(seconds=253402300799, nanos=999_999_999)])
+def test_a_deadline_that_a_timestamp_can_hold_is_right(deadline: Timestamp | None) -> None:
+    assert list(check_deadline(WorkContext(deadline=deadline))) == []
+
+
+@pytest.mark.parametrize("deadline", [Timestamp(seconds=-(2**63)), Timestamp(seconds=2**40), Timestamp(nanos=-1)])
+def test_a_deadline_that_is_no_moment_is_wrong(deadline: Timestamp) -> None:
+    (violation,) = check_deadline(WorkContext(deadline=deadline))
+    assert violation.field == "context.deadline"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.synthetic_device import linear_curve, published_curve
+from bench.synthetic_device import DeviceCurve, linear_curve, published_curve
 from tests.support.virtual_device import VirtualDevice
 
 
@@ -40,8 +40,8 @@ def test_a_request_that_runs_alone_shares_with_nobody() -> None:
 
 
 @pytest.mark.parametrize("curve", [published_curve, linear_curve])
-def test_it_is_near_the_time_that_it_then_takes(curve: object) -> None:
-    device = VirtualDevice(curve=published_curve if curve is published_curve else linear_curve)
+def test_it_is_near_the_time_that_it_then_takes(curve: DeviceCurve) -> None:
+    device = VirtualDevice(curve=curve)
     for number in range(12):
         device.add(str(number), steps=4 + 4 * number, rows=1 + number % 2)
     expected = device.scheduler.backlog_seconds()

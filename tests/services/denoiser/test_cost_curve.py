@@ -43,6 +43,19 @@ def test_a_key_without_a_measurement_is_taken_to_be_linear() -> None:
     assert StepCosts().seconds("key", 8) == pytest.approx(8 * StepCosts().seconds("key", 1))
 
 
+def test_a_row_of_an_unknown_key_is_taken_to_cost_what_the_cheapest_known_one_does() -> None:
+    assert costs(r1=1.0, r4=2.0).seconds("unknown", 3) == pytest.approx(1.5)
+
+
+def test_the_curves_of_the_last_keys_are_kept() -> None:
+    known = costs(r1=1.0)
+    for number in range(1000):
+        known.record(number, 1, 2.0)
+        known.record("key", 1, 1.0)
+    assert len(known.points()) <= 64
+    assert known.seconds("key", 1) == 1.0
+
+
 def test_keys_do_not_mix() -> None:
     known = costs(r1=1.0)
     known.record("other", 1, 9.0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.denoiser.cost_curve import StepCosts
-from services.denoiser.deadlines import given_up
+from services.denoiser.deadlines import given_up, promised
 from services.denoiser.step_order import Standing
 from services.denoiser.step_work import StepNeeds, StepWork
 
@@ -21,7 +21,9 @@ def lost(jobs: list[Job]) -> set[int]:
     costs.record("key", 1, 1.0)
     works = [StepWork(StepNeeds(at, "key", 1, steps, deadline=due), 0.0, steps) for at, (steps, due) in enumerate(jobs)]
     standings = [Standing.of(work, costs, 0.0) for work in works]
-    return {work.needs.request for work in given_up(standings, 0.0, lambda standing: float(standing.work.left))}
+    return {
+        work.needs.request for work in given_up(promised(standings), 0.0, lambda standing: float(standing.work.left))
+    }
 
 
 def all_in_time(jobs: list[Job]) -> bool:

@@ -13,8 +13,8 @@ async def load_of(denoiser: RunningDenoiser) -> GetLoadResponse:
 
 
 async def test_an_idle_denoiser_has_no_backlog(start: StartDenoiser) -> None:
-    load = await load_of(await start(queue_capacity=5))
-    assert (load.running, load.waiting, load.capacity, load.backlog_seconds, load.draining) == (0, 0, 5, 0, False)
+    load = await load_of(await start(max_running=3, queue_capacity=5))
+    assert (load.running, load.waiting, load.capacity, load.backlog_seconds, load.draining) == (0, 0, 3 + 5, 0, False)
     assert not load.costs
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from bench.synthetic_device import linear_curve, published_curve
+from bench.synthetic_device import DeviceCurve, linear_curve, published_curve
 from services.denoiser.cost_curve import StepCosts
 from tests.support.virtual_device import VirtualDevice, known
 
 
-def crowd(device: VirtualDevice, count: int, **needs: object) -> None:
+def crowd(device: VirtualDevice, count: int, **needs: Any) -> None:
     for number in range(count):
-        device.add(str(number), **needs)  # type: ignore[arg-type]
+        device.add(str(number), **needs)
 
 
 def throughput(device: VirtualDevice) -> float:
@@ -63,7 +63,8 @@ def test_a_smaller_request_fills_the_rows_that_a_larger_one_leaves() -> None:
     device.add("b", rows=2)
     device.add("c", rows=1)
     batch = device.step()
-    assert "c" in batch and len(batch) == 2
+    assert "c" in batch
+    assert len(batch) == 2
 
 
 def test_a_request_with_more_rows_than_the_limit_runs_by_itself() -> None:
@@ -114,7 +115,7 @@ def test_a_deadline_with_time_to_spare_costs_no_throughput() -> None:
 
 
 @pytest.mark.parametrize(("curve", "worth"), [(published_curve, 2.9), (linear_curve, 0.98)])
-def test_the_curve_is_learnt_from_nothing(curve: Callable[[int], float], worth: float) -> None:
+def test_the_curve_is_learnt_from_nothing(curve: DeviceCurve, worth: float) -> None:
     device = VirtualDevice(curve=curve, costs=StepCosts())
     crowd(device, 8, steps=200)
     device.run()
@@ -140,13 +141,15 @@ def test_a_curve_that_turns_good_is_noticed() -> None:
 
 
 def test_a_hiccup_in_the_first_pass_of_a_size_does_not_keep_it_from_being_used() -> None:
-    slow = [True]
+    slow = {8}
 
     def hiccup(rows: int) -> float:
-        return 60.0 if rows == 8 and slow.pop() else published_curve(rows)
+        if rows not in slow:
+            return published_curve(rows)
+        slow.remove(rows)
+        return 60.0
 
-    device = VirtualDevice(costs=StepCosts(), curve=published_curve)
-    device.curve = lambda rows: hiccup(rows) if slow else published_curve(rows)
+    device = VirtualDevice(curve=hiccup, costs=StepCosts())
     crowd(device, 8, steps=1000)
     device.run(passes=20)
     assert len(device.step()) == 8

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bench.synthetic_device import linear_curve, published_curve
+from bench.synthetic_device import DeviceCurve, linear_curve, published_curve
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.scheduler import SchedulerLimits, StepNeeds, StepScheduler
 from tests.support.virtual_device import VirtualDevice
@@ -27,9 +28,6 @@ def scheduler(max_running: int = 4, max_batch_rows: int = 4, capacity: int = 2) 
 def add(to: StepScheduler[str], names: str, steps: int = 10) -> list[int]:
     """Adds one request for each letter; gives their positions."""
     return [to.add(StepNeeds(name, "sd15", 1, steps), 0.0) for name in names]
-
-
-# Who is there
 
 
 def test_an_idle_scheduler_has_no_batch() -> None:
@@ -101,13 +99,12 @@ def test_a_request_without_steps_is_refused() -> None:
         add(scheduler(), "a", steps=0)
 
 
-# Short and long
-
-
 @CURVES
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_short_request_during_a_long_one_takes_at_most_three_times_its_own_time(curve: object, alone: bool) -> None:
-    device = VirtualDevice(curve=published_curve if curve is published_curve else linear_curve)
+def test_a_short_request_during_a_long_one_takes_at_most_three_times_its_own_time(
+    curve: DeviceCurve, alone: bool
+) -> None:
+    device = VirtualDevice(curve=curve)
     device.add("long", steps=50, alone=alone)
     device.run(passes=10)
     device.add("short", steps=4, alone=alone)
@@ -116,13 +113,11 @@ def test_a_short_request_during_a_long_one_takes_at_most_three_times_its_own_tim
     assert device.took["short"] < device.took["long"]
 
 
-@pytest.mark.parametrize("costs", [None, StepCosts()], ids=["measured", "unmeasured"])
+@pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("offset", range(8))
 @pytest.mark.parametrize("max_rows", [8, 16])
-def test_mixed_requests_take_few_more_passes_than_the_best_possible(
-    costs: StepCosts | None, offset: int, max_rows: int
-) -> None:
-    device = VirtualDevice(max_rows=max_rows, costs=StepCosts() if costs else None)
+def test_mixed_requests_take_few_more_passes_than_the_best_possible(measured: bool, offset: int, max_rows: int) -> None:
+    device = VirtualDevice(max_rows=max_rows, costs=None if measured else StepCosts())
     for number in range(8):
         device.add(str(number), steps=MIXED[(number + offset) % 8], rows=1 + number % 2)
     row_steps = sum(needs.steps * needs.rows for needs in device.needs.values())
@@ -131,8 +126,8 @@ def test_mixed_requests_take_few_more_passes_than_the_best_possible(
 
 
 @CURVES
-def test_requests_alike_end_in_order_of_arrival(curve: object) -> None:
-    device = VirtualDevice(curve=published_curve if curve is published_curve else linear_curve, max_rows=2)
+def test_requests_alike_end_in_order_of_arrival(curve: DeviceCurve) -> None:
+    device = VirtualDevice(curve=curve, max_rows=2)
     for number in range(6):
         device.add(str(number), steps=5)
         device.step()
@@ -140,34 +135,31 @@ def test_requests_alike_end_in_order_of_arrival(curve: object) -> None:
     assert list(device.took) == ["0", "1", "2", "3", "4", "5"]
 
 
-# Tenants
-
-
-def backlogged(weights: dict[str, float], curve: object = published_curve, **of_b: object) -> VirtualDevice:
+def backlogged(weights: dict[str, float], curve: DeviceCurve = published_curve, **of_b: Any) -> VirtualDevice:
     """Tenant a brings ten requests for each of tenant b's, and the device can't keep up with either."""
-    device = VirtualDevice(curve=published_curve if curve is published_curve else linear_curve, weights=weights)
+    device = VirtualDevice(curve=curve, weights=weights)
     for number in range(60):
         for each in range(10):
             device.add(f"a{number}.{each}", steps=(4, 50)[each % 2], tenant="a")
-        device.add(f"b{number}", steps=50, tenant="b", **of_b)  # type: ignore[arg-type]
+        device.add(f"b{number}", steps=50, tenant="b", **of_b)
         device.step()
     return device
 
 
 @CURVES
-def test_tenants_of_equal_weight_get_equal_shares_whatever_they_bring(curve: object) -> None:
+def test_tenants_of_equal_weight_get_equal_shares_whatever_they_bring(curve: DeviceCurve) -> None:
     device = backlogged({}, curve)
     assert device.tenant_seconds["a"] / device.tenant_seconds["b"] == pytest.approx(1.0, rel=0.1)
 
 
 @CURVES
-def test_shares_follow_the_weights(curve: object) -> None:
+def test_shares_follow_the_weights(curve: DeviceCurve) -> None:
     device = backlogged({"b": 2.0}, curve)
     assert device.tenant_seconds["b"] / device.tenant_seconds["a"] == pytest.approx(2.0, rel=0.1)
 
 
 @CURVES
-def test_rows_of_guidance_count(curve: object) -> None:
+def test_rows_of_guidance_count(curve: DeviceCurve) -> None:
     device = backlogged({}, curve, rows=2)
     assert device.tenant_seconds["a"] / device.tenant_seconds["b"] == pytest.approx(1.0, rel=0.1)
 
@@ -178,8 +170,8 @@ def test_requests_that_run_alone_count() -> None:
 
 
 @CURVES
-def test_tight_deadlines_earn_no_larger_share(curve: object) -> None:
-    device = VirtualDevice(curve=published_curve if curve is published_curve else linear_curve)
+def test_tight_deadlines_earn_no_larger_share(curve: DeviceCurve) -> None:
+    device = VirtualDevice(curve=curve)
     for number in range(100):
         device.add(f"patient{number}", steps=20, tenant="patient")
         device.add(f"hasty{number}", steps=20, tenant="hasty", deadline=device.now + 55.0)
@@ -200,9 +192,6 @@ def test_a_priority_goes_first_within_its_tenant_only() -> None:
     assert device.took["another's"] <= device.took["mine, soon"] + 1.0
 
 
-# Deadlines
-
-
 def test_a_deadline_goes_before_work_that_has_none() -> None:
     device = VirtualDevice(curve=linear_curve)
     for number in range(5):
@@ -214,10 +203,30 @@ def test_a_deadline_goes_before_work_that_has_none() -> None:
 
 def test_a_deadline_that_is_far_away_does_not_go_first() -> None:
     device = VirtualDevice(curve=linear_curve)
-    device.add("overnight", steps=10, deadline=10_000.0)
     device.add("now", steps=10)
+    device.add("overnight", steps=10, deadline=10_000.0)
     device.run()
     assert device.took["now"] < device.took["overnight"]
+
+
+def test_a_short_request_overtakes_a_long_one_though_both_have_far_deadlines() -> None:
+    device = VirtualDevice(curve=linear_curve)
+    device.add("long", steps=50, deadline=600.0)
+    device.run(passes=10)
+    device.add("short", steps=4, deadline=device.now + 600.0)
+    device.run()
+    assert device.stretch("short") <= 3.0
+
+
+def test_a_request_with_a_far_deadline_does_not_wait_for_it() -> None:
+    device = VirtualDevice(curve=linear_curve)
+    device.add("patient", steps=10, deadline=100_000.0)
+    for number in range(300):
+        device.add(f"hasty{number}", steps=4, deadline=device.now + 12.0)
+        device.run(passes=4)
+        if "patient" in device.took:
+            break
+    assert device.stretch("patient") <= 20.0
 
 
 def test_deadlines_that_can_all_be_met_are() -> None:
@@ -247,9 +256,6 @@ def test_in_an_overload_of_deadlines_most_are_met(alone: bool) -> None:
         device.add(str(number), steps=4, deadline=40.0 + number / 100, alone=alone)
     device.run()
     assert sum(device.took[name] <= needs.deadline for name, needs in device.needs.items() if needs.deadline) == 10
-
-
-# Nobody starves
 
 
 def test_a_request_without_a_deadline_ends_though_deadlines_never_cease() -> None:
@@ -283,9 +289,6 @@ def test_an_expensive_request_ends_though_cheap_ones_never_cease() -> None:
         if "long" in device.took:
             break
     assert device.stretch("long") <= 20.0
-
-
-# Spilling
 
 
 def test_started_requests_beyond_the_limit_may_leave_the_device_once() -> None:

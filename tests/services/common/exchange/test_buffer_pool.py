@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import threading
 
 import pytest
@@ -80,3 +81,15 @@ def test_a_buffer_has_just_the_bytes_asked_for(size: int) -> None:
     view = BufferPool(0).take(size)
     view[:] = bytes(size)
     assert (view.nbytes, view.readonly) == (size, False)
+
+
+def test_what_would_not_be_kept_costs_no_memory_before_it_is_filled() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    view = BufferPool(256 * MIB).take(1024 * MIB)
+    assert view.nbytes == 1024 * MIB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 512 * 1024
+
+
+def test_more_than_the_system_has_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="no memory for a tensor of"):
+        BufferPool(0).take(2**50)

@@ -1,4 +1,4 @@
-"""Laws of the chunk stream: it is protobuf on the wire, goes on where it broke, and gets in nobody's way."""
+"""Laws of the chunk stream: it goes on where it broke, gives up when it can't, and gets in nobody's way."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from safelight.errors import LeaseExpiredError, StageUnavailableError, TensorCorruptError
+from safelight.errors import LeaseExpiredError, StageUnavailableError
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, PullResponse, ReleaseRequest, ReleaseResponse
 from safelight.v1.tensor_exchange_service_pb2_grpc import (
     TensorExchangeServiceServicer,
@@ -20,15 +18,14 @@ from safelight.v1.tensor_exchange_service_pb2_grpc import (
 )
 from safelight.v1.tensor_pb2 import TensorLease
 from services.common.channels import ChannelPool
-from services.common.exchange import chunk_stream, digest
-from services.common.exchange.chunk_stream import ATTEMPTS, CHUNK_BYTES, ChunkStream, read_chunk, write_chunk
+from services.common.exchange import CHUNK_BYTES, chunk_stream, digest
+from services.common.exchange.chunk_stream import ATTEMPTS, ChunkStream
 from services.common.metrics import Metrics
 from services.common.request_context import Context
 from services.common.server import Service
 from tests.serving import Serve
 
 DATA = random.Random(0).randbytes(3 * CHUNK_BYTES + 5)
-sizes = pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 2**21 - 1, 2**21])
 
 
 class Holder(TensorExchangeServiceServicer):
@@ -87,46 +84,6 @@ async def consumer_of(holder: Holder, serve: Serve, channels: ChannelPool) -> Co
         Service("holder", {"x": lambda server: add_TensorExchangeServiceServicer_to_server(holder, server)})
     )
     return Consumer(running.server.address, channels)
-
-
-@sizes
-def test_a_chunk_is_what_protobuf_would_write(size: int) -> None:
-    message = write_chunk(memoryview(bytes(size)))
-    assert PullResponse.FromString(message) == PullResponse(data=bytes(size))
-    assert message == PullResponse(data=bytes(size)).SerializeToString() or size == 0
-
-
-@sizes
-def test_what_protobuf_writes_is_read(size: int) -> None:
-    assert read_chunk(PullResponse(data=bytes(size)).SerializeToString()) == bytes(size)
-
-
-@pytest.mark.parametrize(
-    ("message", "data"),
-    [
-        (b"", b""),
-        (b"\x0a\x02ab\x0a\x01c", b"c"),
-        (b"\x10\x05\x0a\x01c", b"c"),
-        (b"\x0a\x81\x00c", b"c"),
-        (b"\x0a\x01c\x10\x05", b"c"),
-    ],
-    ids=["empty", "field twice", "unknown field first", "longer varint", "unknown field last"],
-)
-def test_every_valid_encoding_is_read(message: bytes, data: bytes) -> None:
-    assert bytes(read_chunk(message)) == data
-
-
-@given(st.binary(max_size=64) | st.binary(max_size=64).map(lambda rest: b"\x0a" + rest))
-def test_any_bytes_are_read_as_protobuf_reads_them_or_refused(message: bytes) -> None:
-    try:
-        read = bytes(read_chunk(message))
-    except TensorCorruptError:
-        read = None
-    try:
-        expected = PullResponse.FromString(message).data
-    except Exception:  # protobuf's own class, whichever implementation runs
-        expected = None
-    assert read == expected
 
 
 async def test_a_broken_pull_goes_on_from_where_it_broke(serve: Serve, channels: ChannelPool) -> None:
