@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of a phase's arrivals")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--queue-seconds", type=float, default=5.0, help="most work ahead of a request")
+    parser.add_argument("--queue-seconds", type=float, default=3.0, help="most work ahead of a request")
     sys.stdout.write(text(measure(parser.parse_args())) + "\n")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from gateway.admission_rules import AdmissionRules, most_steps
 from gateway.admitted import Admitted
+from gateway.calibration import Calibration
 from gateway.catalog import Stages
 from gateway.estimate import Estimate, RequestWork, estimate
 from gateway.plan import GenerationPlan
@@ -49,6 +50,7 @@ class Admission:
         self._metrics = metrics
         self._images = 0
         self._retry_times = RetryTimes(time.monotonic)
+        self._calibration = Calibration(time.monotonic)
 
     @contextmanager
     def admit(self, plan: GenerationPlan, remaining_seconds: float | None) -> Iterator[Admitted]:
@@ -76,18 +78,23 @@ class Admission:
                 self._metrics.deadline_missed.labels(admitted.stage).inc()
             raise
         else:
-            if admitted.estimated_seconds:
-                self._metrics.estimate_ratio.observe((time.monotonic() - started) / admitted.estimated_seconds)
+            self._learn(admitted, time.monotonic() - started)
         finally:
             admitted.end()
             self._images -= images
+
+    def _learn(self, admitted: Admitted, seconds: float) -> None:
+        if admitted.estimate:
+            self._calibration.note(admitted.estimate.seconds, seconds)
+            self._metrics.estimate_ratio.observe(seconds / admitted.estimated_seconds)
 
     def _check(self, plan: GenerationPlan, remaining_seconds: float | None) -> Admitted:
         sampling = plan.images[0].sampling
         loads = [stage.load(plan.model.name) for stage in self._stages.all]
 
         def expected(steps: int) -> Estimate | None:
-            return estimate(request_work(plan, steps), *loads)
+            found = estimate(request_work(plan, steps), *loads)
+            return found and replace(found, extra_seconds=self._calibration.extra_seconds(found.seconds))
 
         known = expected(sampling.steps)
         if self._images + len(plan.images) > self._max_images:
@@ -116,18 +123,19 @@ class Admission:
         return sampling.min_steps if fit(sampling.min_steps, remaining_seconds) else None
 
     def _refusal(self, best: Estimate, remaining_seconds: float | None) -> DeadlineUnreachableError | OverloadedError:
-        if remaining_seconds is not None and not self._rules.in_time(best.seconds, remaining_seconds):
+        if remaining_seconds is not None and not self._rules.in_time(best.total_seconds, remaining_seconds):
             return self._unreachable(best, remaining_seconds)
         return self._overloaded(best)
 
     def _unreachable(self, best: Estimate, remaining_seconds: float) -> DeadlineUnreachableError:
         self._metrics.admission_refused.labels("deadline").inc()
+        needed = best.total_seconds
         again = self._rules.in_time(best.idle_seconds, remaining_seconds)
         return DeadlineUnreachableError(
-            f"the request would take about {best.seconds:.1f} s and has {remaining_seconds:.1f} s: allow more time, "
-            "ask for fewer steps or a smaller picture, or allow fewer steps under load with sampling.min_steps",
-            retry_after_seconds=self._retry_after(best, best.seconds - remaining_seconds) if again else None,
-            estimated_seconds=f"{best.seconds:.3f}",
+            f"the request would take about {needed:.1f} s and has {remaining_seconds:.1f} s: allow more time, ask for "
+            "fewer steps or a smaller picture, or allow fewer steps under load with sampling.min_steps",
+            retry_after_seconds=self._retry_after(best, needed - remaining_seconds) if again else None,
+            estimated_seconds=f"{needed:.3f}",
             remaining_seconds=f"{remaining_seconds:.3f}",
         )
 

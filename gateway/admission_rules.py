@@ -23,7 +23,7 @@ class AdmissionRules:
 
     def fits(self, estimate: Estimate, remaining_seconds: float | None) -> bool:
         """Whether a request is let in."""
-        return self.in_time(estimate.seconds, remaining_seconds) and self.full_stage(estimate) is None
+        return self.in_time(estimate.total_seconds, remaining_seconds) and self.full_stage(estimate) is None
 
     def in_time(self, seconds: float, remaining_seconds: float | None) -> bool:
         """Whether what takes so long will be done in the time it has."""

@@ -15,7 +15,7 @@ class Admitted:
 
     Args:
         plan: what is to be made; with fewer steps than were asked for, where only they fit.
-        estimate: what it will take; None: nothing like it has been measured.
+        estimate: what it will take of the stages; None: nothing like it has been measured.
         stages: the replicas.
         stage: how far it has come: the last stage that was given a part of it.
     """
@@ -29,7 +29,7 @@ class Admitted:
     @property
     def estimated_seconds(self) -> float:
         """Seconds until the result; 0: there is no estimate."""
-        return self.estimate.seconds if self.estimate else 0.0
+        return self.estimate.total_seconds if self.estimate else 0.0
 
     def start(self) -> None:
         """Count every part of it as to come."""

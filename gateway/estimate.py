@@ -164,14 +164,21 @@ class Estimate:
     """What a request will take.
 
     Args:
-        seconds: until its result.
-        idle_seconds: until its result, if there were no other work.
+        seconds: until its result, by what the stages have measured.
+        idle_seconds: the same, if there were no other work.
         stages: what it takes in each stage that has measured anything like it; in the denoiser always.
+        extra_seconds: what such requests took beyond that of late.
     """
 
     seconds: float
     idle_seconds: float
     stages: Mapping[str, StageTime]
+    extra_seconds: float = 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds until its result."""
+        return self.seconds + self.extra_seconds
 
 
 def estimate(work: RequestWork, encoder: StageLoad, denoiser: StageLoad, decoder: StageLoad) -> Estimate | None:

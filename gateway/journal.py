@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from safelight.errors import OverloadedError
 from safelight.v1.generation_service_pb2 import GenerateResponse
@@ -16,15 +16,17 @@ class Journal:
 
     Args:
         keeps: events stay for later readers; otherwise each is dropped as soon as the journal's only reader has it.
+        resized: told by how many bytes the journal has grown, or shrunk.
     """
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: bool, resized: Callable[[int], None]) -> None:
         self.size = 0
         """Bytes of the events that are kept."""
         self.accepted = False
         """Whether there has been an event."""
         self.ended = False
         self._keeps = keeps
+        self._resized = resized
         self._events: list[GenerateResponse | None] = []
         self._error: BaseException | None = None
         self._dropped = False
@@ -35,7 +37,7 @@ class Journal:
         self.accepted = True
         self._events.append(event)
         event.sequence = len(self._events)
-        self.size += event.ByteSize()
+        self._resize(event.ByteSize())
         self._tell()
 
     def end(self, error: BaseException | None = None) -> None:
@@ -45,8 +47,9 @@ class Journal:
 
     def drop(self) -> None:
         """Forget all events: their memory is needed for others."""
-        self._dropped, self.size = True, 0
+        self._dropped = True
         self._events.clear()
+        self._resize(-self.size)
         self._tell()
 
     async def read(self, after: int = 0) -> AsyncGenerator[GenerateResponse, None]:
@@ -75,8 +78,12 @@ class Journal:
         assert event is not None, "a journal that does not keep its events has one reader"
         if not self._keeps:
             self._events[position] = None
-            self.size -= event.ByteSize()
+            self._resize(-event.ByteSize())
         return event
+
+    def _resize(self, change: int) -> None:
+        self.size += change
+        self._resized(change)
 
     def _tell(self) -> None:
         """Wake every reader that waits."""

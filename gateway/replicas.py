@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.estimate import Pending, StageLoad
 from gateway.load import Backlog
+from gateway.targets import addresses_of
 from gateway.work import Work
 from safelight.errors import FingerprintMismatchError, StageUnavailableError, UnknownModelError
 from safelight.v1 import load_service_pb2, load_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
@@ -27,7 +27,6 @@ _log = logging.getLogger("safelight.replicas")
 _PROBE_SECONDS = 2.0
 # A replica that refuses a probe is gone; one that is slow to answer may be busy, and is left out only after so many.
 _SLOW_PROBES = 3
-_DNS_PREFIX = "dns:///"
 
 
 @dataclass(eq=False)
@@ -126,8 +125,9 @@ class ReplicaSet:
 
     @property
     def capacity(self) -> int:
-        """Requests that the replicas take at most, those that can't be reached at the moment included."""
-        return sum(replica.backlog.report.capacity for replica in self._replicas.values())
+        """Requests that the available replicas take at most; when there is none, all those that are known."""
+        replicas = self._available() or self._replicas.values()
+        return sum(replica.backlog.report.capacity for replica in replicas)
 
     def pick(
         self, model: str, avoid: Collection[Replica] = (), fingerprint: str = "", work: Work | None = None
@@ -200,7 +200,7 @@ class ReplicaSet:
             await self.refresh()
 
     async def _resolve(self) -> set[str]:
-        resolved = await asyncio.gather(*(_addresses(target) for target in self._targets))
+        resolved = await asyncio.gather(*(addresses_of(target) for target in self._targets))
         return {address for addresses in resolved for address in addresses}
 
     async def _probe(self, replica: Replica) -> None:
@@ -246,15 +246,3 @@ class ReplicaSet:
         now = time.monotonic()
         backlog = sum(replica.backlog.at(now).backlog_seconds for replica in self._available())
         self._metrics.stage_backlog_seconds.labels(self.stage).set(backlog + self.pending.seconds)
-
-
-async def _addresses(target: str) -> set[str]:
-    """What a target stands for now; a name that does not resolve stands for nothing."""
-    if not target.startswith(_DNS_PREFIX):
-        return {target}
-    host, _, port = target.removeprefix(_DNS_PREFIX).rpartition(":")
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        return set()
-    return {f"[{ip[0]}]:{port}" if family == socket.AF_INET6 else f"{ip[0]}:{port}" for family, _, _, _, ip in found}

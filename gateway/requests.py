@@ -12,7 +12,6 @@ A request without a key ends with its call.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -21,6 +20,7 @@ from typing import Any
 
 from gateway.journal import Journal
 from gateway.report import Emit
+from gateway.run import Run, digest, outcome
 from gateway.settings import GatewaySettings
 from safelight.errors import (
     DeadlineExceededError,
@@ -36,6 +36,7 @@ from safelight.v1.generation_service_pb2 import GenerateRequest, GenerateRespons
 from safelight.v1.work_pb2 import WorkContext
 from services.common.metrics import Metrics
 
+MAX_KEY_BYTES = 256
 Work = Callable[[GenerateRequest, float | None, Emit], Coroutine[Any, Any, None]]
 _PASSING = (
     DeadlineExceededError,
@@ -46,46 +47,6 @@ _PASSING = (
     StageUnavailableError,
     TensorCorruptError,
 )
-
-
-@dataclass(eq=False)
-class _Run:
-    """One request that runs or has run.
-
-    Args:
-        context: who asked.
-        digest: of what was asked for; a repeated call asks for the same.
-        journal: what happens to it.
-        task: its work.
-        calls: how many read its journal now.
-        timer: ends it when nobody comes back, or forgets it when it is old.
-    """
-
-    context: WorkContext
-    digest: bytes
-    journal: Journal
-    task: asyncio.Task[None] | None = None
-    calls: int = 0
-    timer: asyncio.TimerHandle | None = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What a repeated call is known by."""
-        return self.context.tenant, self.context.idempotency_key
-
-    def is_named_by(self, context: WorkContext) -> bool:
-        """Whether a Cancel means this request."""
-        if self.context.tenant != context.tenant:
-            return False
-        if context.idempotency_key:
-            return self.context.idempotency_key == context.idempotency_key
-        return self.context.request_id == context.request_id
-
-    def stop_timer(self) -> None:
-        """Leave the request as it is."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
 
 
 @dataclass
@@ -101,9 +62,10 @@ class Requests:
     work: Work
     settings: GatewaySettings
     metrics: Metrics
-    _by_key: dict[tuple[str, str], _Run] = field(default_factory=dict)
-    _running: set[_Run] = field(default_factory=set)
-    _finished: dict[_Run, None] = field(default_factory=dict)  # oldest first
+    _by_key: dict[tuple[str, str], Run] = field(default_factory=dict)
+    _running: set[Run] = field(default_factory=set)
+    _finished: dict[Run, None] = field(default_factory=dict)  # oldest first
+    _journal_bytes: int = 0
 
     async def attach(
         self, request: GenerateRequest, remaining_seconds: float | None
@@ -154,24 +116,24 @@ class Requests:
         for run in list(self._finished):
             self._forget(run)
 
-    def _find(self, request: GenerateRequest) -> _Run | None:
+    def _find(self, request: GenerateRequest) -> Run | None:
         """The request that this one repeats."""
         context = request.context
         if not context.idempotency_key:
             return None
         run = self._by_key.get((context.tenant, context.idempotency_key))
-        if run is not None and run.digest != _digest(request):
+        if run is not None and run.digest != digest(request):
             raise InvalidRequestError.of(
                 "context.idempotency_key", "belongs to another request; give every new request a key of its own"
             )
         return run
 
-    def _start(self, request: GenerateRequest, remaining_seconds: float | None) -> _Run:
+    def _start(self, request: GenerateRequest, remaining_seconds: float | None) -> Run:
         own = GenerateRequest()
         own.CopyFrom(request)
         own.context.request_id = request.context.request_id or uuid.uuid4().hex
         keyed = bool(own.context.idempotency_key)
-        run = _Run(own.context, _digest(request) if keyed else b"", Journal(keeps=keyed))
+        run = Run(own.context, digest(request) if keyed else b"", Journal(keyed, self._resized))
         self._running.add(run)
         if keyed:
             self._by_key[run.key] = run
@@ -181,14 +143,14 @@ class Requests:
         run.task.add_done_callback(lambda task: self._ended(run, task))
         return run
 
-    def _stop(self, run: _Run) -> None:
+    def _stop(self, run: Run) -> None:
         """Cancel a request's work; its key is free from here on."""
         self._free_key(run)
         if run.task is not None:
             run.task.cancel()
 
-    def _ended(self, run: _Run, task: asyncio.Task[None]) -> None:
-        error = _outcome(task)
+    def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
+        error = outcome(task)
         run.journal.end(error)
         run.stop_timer()
         self._running.discard(run)
@@ -199,9 +161,8 @@ class Requests:
         self._left(run)
         self._make_room()
 
-    def _left(self, run: _Run) -> None:
+    def _left(self, run: Run) -> None:
         """Act on a request that no call is attached to any more."""
-        self._report()
         if run.calls:
             return
         if run.journal.ended:
@@ -214,57 +175,44 @@ class Requests:
 
     def _make_room(self) -> None:
         """Drop the oldest results until the others fit; those that are being read last, the newest one never."""
+        if self._journal_bytes <= self.settings.journal_bytes:
+            return
         excess = sum(run.journal.size for run in self._finished) - self.settings.journal_bytes
         oldest_first = list(self._finished)[:-1]
         for run in sorted(oldest_first, key=lambda run: run.calls > 0):
             if excess <= 0:
                 return
             excess -= run.journal.size
-            run.journal.drop()
             self._forget(run)
 
-    def _expire(self, run: _Run) -> None:
+    def _expire(self, run: Run) -> None:
         """A result has been kept long enough; calls that still read it go on."""
         self._free_key(run)
         if not run.calls:
             self._forget(run)
 
-    def _forget(self, run: _Run) -> None:
+    def _forget(self, run: Run) -> None:
         """Keep nothing of a finished request."""
         run.stop_timer()
+        run.journal.drop()
         self._finished.pop(run, None)
         self._free_key(run)
-        self._report()
 
-    def _free_key(self, run: _Run) -> None:
+    def _free_key(self, run: Run) -> None:
         if self._by_key.get(run.key) is run:
             del self._by_key[run.key]
 
-    def _report(self) -> None:
-        known = [*self._running, *self._finished]
-        self.metrics.journal_bytes.set(sum(run.journal.size for run in known))
-
-
-def _outcome(task: asyncio.Task[None]) -> BaseException | None:
-    """What a request's work ended with; None: its result."""
-    if task.cancelled():
-        return RequestCancelledError("the request was cancelled; its work has been stopped")
-    return task.exception()
+    def _resized(self, change: int) -> None:
+        self._journal_bytes += change
+        self.metrics.journal_bytes.inc(change)
 
 
 def _check(request: GenerateRequest) -> None:
-    """Raises InvalidRequestError if the request asks for events that it has no name for."""
+    """Raises InvalidRequestError if the request's name is too long, or asks for events that it has no name for."""
+    size = len(request.context.idempotency_key.encode())
+    if size > MAX_KEY_BYTES:
+        raise InvalidRequestError.of("context.idempotency_key", f"has {size} bytes; must have at most {MAX_KEY_BYTES}")
     if request.after_sequence < 0:
         raise InvalidRequestError.of("after_sequence", f"is {request.after_sequence}; must be 0 or more")
     if request.after_sequence and not request.context.idempotency_key:
         raise InvalidRequestError.of("after_sequence", "needs the context.idempotency_key of the first call")
-
-
-def _digest(request: GenerateRequest) -> bytes:
-    """Tells requests apart by what they ask for, not by when and under which name."""
-    asked = GenerateRequest()
-    asked.CopyFrom(request)
-    asked.after_sequence = 0
-    asked.context.request_id = ""
-    asked.context.ClearField("deadline")
-    return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()

@@ -21,7 +21,7 @@ class GatewaySettings(ServerSettings):
     decoders: tuple[str, ...] = setting((), "Decoder replicas, written the same way.")
     health_interval_seconds: float = setting(1.0, "Time between two looks at every replica.")
     max_images_in_flight: int = setting(256, "Pictures in work at once; one more gets RESOURCE_EXHAUSTED.")
-    max_images_in_stages: int = setting(0, "Of these, pictures that have tensors; 0: as many as the stages can queue.")
+    max_images_in_stages: int = setting(0, "Of these, pictures that are in the stages; 0: as many as the stages take.")
     max_queue_seconds: float = setting(
         600.0, "Most seconds of work ahead of a request; one more gets RESOURCE_EXHAUSTED."
     )

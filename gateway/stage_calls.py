@@ -1,7 +1,8 @@
 """One call to one replica of each stage: message in, message out, events on the way.
 
 Each call picks its replica, waits for one if none is healthy, counts as that replica's outstanding work, and carries
-the request's deadline. A replica that can't be reached, stops, or falls silent is left out until its next good probe.
+the request's deadline. A replica that can't be reached, stops, falls silent, or has other weights than before is left
+out until its next good probe.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gateway.watch import SilenceError, answer_within, events_within
 from gateway.work import Work, decode_work, denoise_work, encode_work
 from safelight.errors import (
     DeadlineExceededError,
+    FingerprintMismatchError,
     SafelightError,
     StageDrainingError,
     StageUnavailableError,
@@ -125,7 +127,7 @@ class StageCalls:
         except grpc.aio.AioRpcError as failure:
             known = from_rpc_error(failure)
             loss = _loss(known)
-            if loss is not None:
+            if loss is not None or _has_other_weights(known):
                 stage.report_failure(replica)
             raise StageCallError(known, replica, loss) from failure
 
@@ -148,6 +150,11 @@ class StageCalls:
                 if now >= give_up:
                     raise
             await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _has_other_weights(error: SafelightError) -> bool:
+    """Whether the replica was started again with other weights than its last probe has told."""
+    return isinstance(error, FingerprintMismatchError) and error.metadata.get("field", "").startswith("context.")
 
 
 def _loss(error: SafelightError) -> Loss | None:

@@ -31,6 +31,8 @@ from services.common.request_context import Context, request_id
 
 _log = logging.getLogger("safelight.calls")
 _QUIET_METHODS = ("/grpc.health.", "/grpc.reflection.")
+# Gateways make these calls every second.
+_PROBES = ("safelight.v1.LoadService/GetLoad", "safelight.v1.ModelService/ListModels")
 # What a server that stops still does: hand out what it holds, say how it is, end work.
 _OPEN_WHILE_DRAINING = (
     "safelight.v1.TensorExchangeService/",
@@ -150,7 +152,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         seconds = time.monotonic() - call.started
         self._metrics.requests.labels(call.method, call.code.name).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
-        _log.info("call ended", extra={"method": call.method, "code": call.code.name, "seconds": round(seconds, 4)})
+        log = _log.debug if call.method in _PROBES and call.code is grpc.StatusCode.OK else _log.info
+        log("call ended", extra={"method": call.method, "code": call.code.name, "seconds": round(seconds, 4)})
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Which requests share the next forward pass: as many rows as pay, as few as the deadlines ask. Pure.
 
-A merge pays when the cost curve says that the pass does more rows a second. Of the sizes that lose the fewest deadlines
-the one with the best throughput is taken, the smaller where the gain is not worth mentioning: on a device whose step
-time grows with the rows, requests run one after the other.
+A merge pays when the cost curve says that the pass does clearly more rows a second than its first request by itself. Of
+the sizes that lose the fewest deadlines the one with the best throughput is taken; where merging does not pay, requests
+run one after the other.
 
-Sizes that were never tried are: a larger one than any known as soon as there are rows for it, at most twice as large,
-since an estimate promises no gain; the others now and then, since a curve can change.
+Estimates promise no gain, so sizes have to be tried: a size above all that are known as soon as there are rows for it
+and no deadline is lost by it; the others now and then, for a hundredth of the time, since a curve can change.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from services.denoiser.deadlines import given_up, promised
 from services.denoiser.step_order import Standing
 from services.denoiser.step_work import Request, StepWork
 
-# A merge must do so many times the rows a second that the first request does by itself.
-_WORTHWHILE = 1.05
+# A merge must do so many times the rows a second that the first request does by itself: timings are never quiet.
+_WORTHWHILE = 1.1
 # Who shares a pass needs this much more time than such passes take: others may still come between.
-_MARGIN = 1.2
+_MARGIN = 1.5
 # Share of a key's time that may go into sizes that are not the best, to learn what they cost by now.
 _TRIAL_SHARE = 0.01
 
@@ -127,15 +127,22 @@ class Merging:
             del self._trials[next(iter(self._trials))]
 
     def _trial(self, outlook: _Outlook[Request], sizes: Sequence[int], best: int) -> int | None:
-        """The size to be tried now in place of the best, if it loses no more deadlines."""
+        """The size to be tried now in place of the best.
+
+        It loses no deadline, unless it is above all known sizes: tight deadlines would keep that one unknown for ever.
+        """
         trusted = self._costs.trusted_rows(outlook.batch_key)
         trials = self._trials.get(outlook.batch_key, _Trials())
-        harmless = (rows for rows in reversed(sizes) if len(outlook.lost(rows)) <= len(outlook.lost(best)))
-        if trials.passes and sizes[-1] > trusted and (largest := next(harmless)) > trusted:
+
+        def is_harmless(rows: int) -> bool:
+            return len(outlook.lost(rows)) <= len(outlook.lost(best))
+
+        larger = (rows for rows in reversed(sizes) if rows > trusted and is_harmless(rows))
+        if trials.passes and (largest := next(larger, None)) is not None:
             return largest
-        others = sorted(set(sizes) - {best}, key=lambda rows: (trials.last_pass.get(rows, 0), -rows))
-        oldest = next((rows for rows in others if len(outlook.lost(rows)) <= len(outlook.lost(best))), best)
-        return oldest if trials.allow(self._costs.seconds(outlook.batch_key, oldest)) else None
+        by_last_trial = sorted(set(sizes) - {best}, key=lambda rows: (trials.last_pass.get(rows, 0), rows))
+        rows = next((rows for rows in by_last_trial if rows > trusted or is_harmless(rows)), best)
+        return rows if trials.allow(self._costs.seconds(outlook.batch_key, rows)) else None
 
 
 class _Outlook(Generic[Request]):

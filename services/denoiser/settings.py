@@ -26,6 +26,10 @@ class DenoiserSettings(StageSettings):
     warm_up_steps: int = setting(3, "Steps measured at start-up for each batch size, for the cost curve; 0: none.")
     warm_up_seconds: float = setting(1.0, "Longest time for that, of all models.")
 
+    def __post_init__(self) -> None:
+        if self.heartbeat_seconds <= 0:
+            raise SettingsError(f"heartbeat_seconds: is {self.heartbeat_seconds:g}; must be above 0")
+
 
 def parse_tenant_weights(entries: Iterable[str]) -> dict[str, float]:
     """Weights by tenant of entries such as "alice=2".

@@ -228,3 +228,12 @@ async def test_estimates_are_compared_with_what_requests_really_took(open_gate: 
         pass
     gate.end(OverloadedError("full"), "denoiser", 60.0)
     assert gate.count("safelight_estimate_ratio_count") == 1
+
+
+async def test_what_requests_take_longer_than_estimated_is_added_to_the_next_estimate(open_gate: OpenGate) -> None:
+    gate = await open_gate({"denoiser": load(0.0001)})
+    with gate.admit(plan(), None) as admitted:
+        before = admitted.estimated_seconds
+        await asyncio.sleep(0.01)  # the work itself
+    with gate.admit(plan(), None) as admitted:
+        assert admitted.estimated_seconds == pytest.approx(2 * before)

@@ -111,7 +111,7 @@ async def test_a_replica_that_comes_back_is_taken_back(tiny_manifest: str) -> No
 
 
 async def test_a_stage_that_is_down_is_named_and_the_gateway_goes_on(tiny_manifest: str) -> None:
-    async with run_cluster(tiny_manifest) as cluster:
+    async with run_cluster(tiny_manifest, gateway={"replica_wait_seconds": 0.2}) as cluster:
         await crash(cluster.decoders[0])
         with pytest.raises(StageUnavailableError, match="decoder") as caught:
             await client_of(cluster).generate("a cat", steps=2)

@@ -12,6 +12,10 @@ from safelight.v1.generation_service_pb2 import GenerateProgress, GenerateRespon
 from safelight.v1.work_pb2 import FileChunk
 
 
+def journal_that(keeps: bool) -> Journal:
+    return Journal(keeps, lambda change: None)
+
+
 def progress(step: int) -> GenerateResponse:
     return GenerateResponse(progress=GenerateProgress(stage="denoiser", step=step, steps=9))
 
@@ -21,7 +25,7 @@ async def numbers(journal: Journal, after: int = 0) -> list[int]:
 
 
 async def test_events_are_numbered_from_one_without_gaps() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     for step in (3, 4, 5):
         journal.append(progress(step))
     journal.end()
@@ -29,7 +33,7 @@ async def test_events_are_numbered_from_one_without_gaps() -> None:
 
 
 async def test_a_reader_gets_what_comes_after_the_number_it_has() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     for step in range(5):
         journal.append(progress(step))
     journal.end()
@@ -38,14 +42,14 @@ async def test_a_reader_gets_what_comes_after_the_number_it_has() -> None:
 
 
 async def test_a_reader_of_another_run_gets_everything() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     journal.append(progress(1))
     journal.end()
     assert await numbers(journal, after=7) == [1]
 
 
 async def test_readers_get_events_as_they_are_written_and_none_misses_one() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     readers = [asyncio.create_task(numbers(journal)) for _ in range(3)]
     for step in range(4):
         journal.append(progress(step))
@@ -56,7 +60,7 @@ async def test_readers_get_events_as_they_are_written_and_none_misses_one() -> N
 
 
 async def test_every_reader_gets_the_error_after_the_last_event() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     journal.append(progress(1))
     journal.end(ValueError("broken"))
     for _ in range(2):
@@ -67,14 +71,14 @@ async def test_every_reader_gets_the_error_after_the_last_event() -> None:
 
 
 async def test_writing_never_waits_for_a_reader_and_size_tells_what_is_kept() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     for _ in range(100):
         journal.append(GenerateResponse(chunk=FileChunk(data=bytes(1000))))
     assert journal.size >= 100_000
 
 
 async def test_a_journal_that_keeps_nothing_forgets_what_its_reader_has() -> None:
-    journal = Journal(keeps=False)
+    journal = journal_that(keeps=False)
     for _ in range(3):
         journal.append(GenerateResponse(chunk=FileChunk(data=bytes(1000))))
     journal.end()
@@ -83,8 +87,26 @@ async def test_a_journal_that_keeps_nothing_forgets_what_its_reader_has() -> Non
     assert sizes == sorted(sizes, reverse=True)
 
 
+async def test_whoever_counts_the_bytes_is_told_of_every_change() -> None:
+    total = 0
+
+    def count(change: int) -> None:
+        nonlocal total
+        total += change
+
+    journals = [Journal(keeps, count) for keeps in (True, False)]
+    for journal in journals:
+        journal.append(progress(1))
+        journal.append(progress(2))
+        await anext(journal.read())
+        assert total == sum(each.size for each in journals)
+    for journal in journals:
+        journal.drop()
+    assert total == 0
+
+
 async def test_a_reader_of_a_dropped_journal_is_told_to_come_back() -> None:
-    journal = Journal(keeps=True)
+    journal = journal_that(keeps=True)
     journal.append(progress(1))
     reader = journal.read()
     await anext(reader)

@@ -176,3 +176,15 @@ async def test_the_backlog_of_all_replicas_is_shown_for_autoscalers(serve: Serve
     await replicas.refresh()
     shown = metrics.registry.get_sample_value("safelight_stage_backlog_seconds", {"stage": "encoder"})
     assert shown == pytest.approx(350.0, abs=10.0)
+
+
+async def test_the_capacity_is_that_of_the_replicas_that_are_there(serve: Serve, channels: ChannelPool) -> None:
+    servers = [await serve(stage("sd15", load=GetLoadResponse(capacity=capacity))) for capacity in (5, 7)]
+    replicas = replica_set(channels, *(running.server.address for running in servers))
+    await replicas.refresh()
+    assert replicas.capacity == 12
+    first = replicas.pick("sd15")
+    replicas.report_failure(first)
+    assert replicas.capacity == 12 - first.backlog.report.capacity
+    replicas.report_failure(replicas.pick("sd15"))
+    assert replicas.capacity == 12

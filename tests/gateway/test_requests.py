@@ -289,6 +289,14 @@ async def test_a_wrong_after_sequence_is_named_with_its_remedy(request_: Generat
     assert caught.value.violations[0].field == "after_sequence"
 
 
+async def test_a_key_is_of_bounded_length() -> None:
+    requests, _ = requests_of(draw)
+    with pytest.raises(InvalidRequestError, match="at most 256") as caught:
+        await numbers(requests, asked("k" * 257))
+    assert caught.value.violations[0].field == "context.idempotency_key"
+    assert await numbers(requests, asked("k" * 256)) == [1, 2, 3]
+
+
 async def test_the_work_gets_a_request_id_when_the_client_gives_none() -> None:
     requests, generation = requests_of(draw)
     await numbers(requests, asked())

@@ -112,6 +112,14 @@ class First:
         return [request for request in requests if request.HasField("resume_from")]
 
 
+def with_fingerprint(fingerprint: str) -> DenoiserDescription:
+    """The denoiser's part of the model with other weights."""
+    description = DenoiserDescription()
+    description.CopyFrom(DENOISER)
+    description.fingerprint = fingerprint
+    return description
+
+
 async def busy(deployment: FakeDeployment, fakes: Sequence[FakeDenoiser]) -> int:
     """Index of the replica that has the request."""
     while not any(fake.requests for fake in fakes):  # noqa: ASYNC110  only the fake tells
@@ -392,10 +400,7 @@ async def test_when_the_weights_are_replaced_a_picture_without_a_file_is_made_wi
     await deployment.until("safelight_checkpoint_bytes", len(b"state after 3"))
     (gone,) = deployment.denoisers
     await gone.stop()
-    new = DenoiserDescription()
-    new.CopyFrom(DENOISER)
-    new.fingerprint = "d2"
-    upgraded = FakeDenoiser(first, new)
+    upgraded = FakeDenoiser(first, with_fingerprint("d2"))
     await serve(upgraded.service(), ServerSettings(listen=gone.address, drain_seconds=0.0))
     events = await run
     receipt = receipt_of(events)
@@ -404,6 +409,21 @@ async def test_when_the_weights_are_replaced_a_picture_without_a_file_is_made_wi
     assert (receipt.steps_run, receipt.steps_recomputed) == (15, 5)
     assert upgraded.states == []
     assert steps_of(events) == list(range(1, 11))
+
+
+async def test_a_replica_that_turns_out_to_have_other_weights_is_planned_with_anew(deploy: Deploy) -> None:
+    async def picky(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
+        if request.context.fingerprints["denoiser"] != "d2":
+            fake.description = with_fingerprint("d2")  # the gateway has not probed it since
+            raise FingerprintMismatchError("other weights", field="context.fingerprints[denoiser]", stage="denoiser")
+        async for response in rest(request):
+            yield response
+
+    fake = FakeDenoiser(picky)
+    deployment = await deploy([fake])
+    receipt = receipt_of(await deployment.events(REQUEST))
+    assert receipt.parameters.fingerprints["denoiser"] == "d2"
+    assert (receipt.steps_run, receipt.steps_recomputed) == (10, 0)
 
 
 async def test_weights_that_the_client_asks_for_and_nobody_has_are_refused(deploy: Deploy) -> None:

@@ -79,6 +79,7 @@ async def run_cluster(
     encoders: int = 1,
     denoisers: int = 1,
     decoders: int = 1,
+    encoder: dict[str, Any] | None = None,
     denoiser: dict[str, Any] | None = None,
     decoder: dict[str, Any] | None = None,
     gateway: dict[str, Any] | None = None,
@@ -88,7 +89,7 @@ async def run_cluster(
     try:
         shared: dict[str, Any] = {"manifest": manifest, "drain_seconds": 0.0, "device": "cpu"}
         for _ in range(encoders):
-            cluster.encoders.append(await _start(EncoderSettings(**shared), build_encoder))
+            cluster.encoders.append(await _start(EncoderSettings(**shared, **(encoder or {})), build_encoder))
         for _ in range(denoisers):
             settings = shared | {"warm_up_steps": 0} | (denoiser or {})
             cluster.denoisers.append(await _start(DenoiserSettings(**settings), build_denoiser))

@@ -124,8 +124,7 @@ class FakeEncoder:
 
     def service(self) -> Service:
         """To be served."""
-        description = ModelDescription(name="fake", family="fake", encoder=self.description)
-        mounts = _mounts(description) | {
+        mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", encoder=self.description)) | {
             "safelight.v1.EncoderService": lambda server: add_EncoderServiceServicer_to_server(
                 _Encoder(self.encode), server
             )
@@ -176,7 +175,7 @@ class FakeDenoiser(DenoiserServiceServicer):
         async def start(address: str) -> None:
             self.store.advertise(address)
 
-        mounts = _mounts(ModelDescription(name="fake", family="fake", denoiser=self.description)) | {
+        mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", denoiser=self.description)) | {
             "safelight.v1.DenoiserService": lambda server: add_DenoiserServiceServicer_to_server(self, server),
             "safelight.v1.TensorExchangeService": lambda server: mount_exchange(exchange, server),
         }
@@ -205,7 +204,7 @@ class FakeDecoder:
 
     def service(self) -> Service:
         """To be served."""
-        mounts = _mounts(ModelDescription(name="fake", family="fake", decoder=self.description)) | {
+        mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", decoder=self.description)) | {
             "safelight.v1.DecoderService": lambda server: add_DecoderServiceServicer_to_server(
                 _Decoder(self.decode), server
             )
@@ -213,6 +212,6 @@ class FakeDecoder:
         return Service("decoder", mounts, ("fake",))
 
 
-def _mounts(description: ModelDescription) -> dict[str, Callable[[Any], None]]:
-    servicer = ModelServicer(lambda: [description])
+def _mounts(describe: Callable[[], ModelDescription]) -> dict[str, Callable[[Any], None]]:
+    servicer = ModelServicer(lambda: [describe()])
     return {"safelight.v1.ModelService": lambda server: add_ModelServiceServicer_to_server(servicer, server)}

@@ -15,7 +15,7 @@ from tests.support.cluster import Cluster, run_cluster
 
 SECONDS = 20.0
 """Longest time of a call before it counts as hung."""
-SHORT: dict[str, Any] = {"max_steps": 8, "max_latent_area": 1024, "lease_seconds": 0.5, "warm_up_steps": 0}
+SHORT_LEASES: dict[str, Any] = {"lease_seconds": 3.0}
 GAUGES = (
     "safelight_requests_running",
     "safelight_running",
@@ -49,8 +49,9 @@ class FuzzTarget:
         try:
             async with run_cluster(
                 self._manifest,
-                denoiser=SHORT,
-                decoder={"lease_seconds": 0.5},
+                encoder=SHORT_LEASES,
+                denoiser={**SHORT_LEASES, "max_steps": 8, "max_latent_area": 1024, "warm_up_steps": 0},
+                decoder=SHORT_LEASES,
                 gateway={"max_images_in_flight": 4, "replica_wait_seconds": 1.0, "reattach_seconds": 0.1},
             ) as self._cluster:
                 self._ready.set()

@@ -24,10 +24,11 @@ GREETING = struct.Struct("<Q")
 """Size of the tensor; comes with the descriptor."""
 PIECE = struct.Struct("<qQQ")
 """Base of the slot in bytes, generation, bytes in it."""
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 2.0
 """Longest wait for the other side; then its slots are taken back."""
 MAX_TICKET_BYTES = 256
 _SLOTS_A_TRANSFER = 4
+_PAUSE_SECONDS = 0.1
 
 _log = logging.getLogger("safelight.exchange")
 
@@ -82,7 +83,12 @@ class SharedMemoryServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:  # too many open files: consumers wait in line meanwhile
+                _log.warning("no shared-memory transfer could begin: %s", error)
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
             task = asyncio.create_task(self._serve(connection))
             self._serving[task] = connection
             task.add_done_callback(self._serving.pop)
@@ -93,8 +99,7 @@ class SharedMemoryServer:
         slots: list[int] = []
         try:
             data = await self._asked_for(connection)
-            slots = self._slots.borrow(_SLOTS_A_TRANSFER)
-            if data is not None and slots:
+            if data is not None and (slots := self._slots.borrow(_SLOTS_A_TRANSFER)):
                 transfer = _Transfer(connection, self._slots, slots, data)
                 await asyncio.get_running_loop().run_in_executor(self._threads, transfer.run)
         except (OSError, asyncio.TimeoutError) as error:

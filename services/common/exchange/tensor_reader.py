@@ -102,10 +102,9 @@ class TensorReader:
             raise OutOfMemoryError(
                 f"{field}: {size} bytes are more than this stage has room for now", field=field
             ) from error
-        path, received = "shared", await self._read_shared(ref.lease, buffer)
-        if received is None:
-            path, received = "stream", await self._stream.pull(ref.lease, buffer, field)
-        _check_digest(ref, received, field)
+        path = "shared" if await self._read_shared(ref, buffer) else "stream"
+        if path == "stream":
+            _check_digest(ref, await self._stream.pull(ref.lease, buffer, field), field)
         self._metrics.tensor_bytes.labels(path).inc(size)
         return BytesPayload(buffer)
 
@@ -115,24 +114,33 @@ class TensorReader:
             return self._buffers.take(size)
         return await asyncio.to_thread(self._buffers.take, size)
 
-    async def _read_shared(self, lease: TensorLease, buffer: memoryview) -> bytes | None:
-        """The digest of what came through shared memory; None when nothing could."""
-        if not is_near(lease):
-            return None
+    async def _read_shared(self, ref: TensorRef, buffer: memoryview) -> bool:
+        """Fill the buffer through shared memory; False when that is not possible."""
+        if not is_near(ref.lease):
+            return False
         try:
             async with self._shared_reads:
-                return await asyncio.to_thread(read_shared, lease, buffer)
+                received = await asyncio.to_thread(read_shared, ref.lease, buffer)
+            if _matches(ref, received):
+                return True
+            reason = "the bytes do not match their digest"
         except SharedMemoryError as error:
-            _log.info("no tensor through shared memory: %s", error, extra={"endpoint": lease.endpoint})
-            self._metrics.shared_memory_fallbacks.inc()
-            return None
+            reason = str(error)
+        _log.info("no tensor through shared memory: %s", reason, extra={"endpoint": ref.lease.endpoint})
+        self._metrics.shared_memory_fallbacks.inc()
+        return False
 
     def _stub(self, lease: TensorLease) -> TensorExchangeServiceStub:
         return TensorExchangeServiceStub(self._channels.get(lease.endpoint))
 
 
+def _matches(ref: TensorRef, received: bytes) -> bool:
+    """Whether this is the digest that the header has; one that has none matches all."""
+    return ref.header.digest in (b"", received)
+
+
 def _check_digest(ref: TensorRef, received: bytes, field: str) -> None:
-    if ref.header.digest and ref.header.digest != received:
+    if not _matches(ref, received):
         raise TensorCorruptError(f"{field}: the bytes do not match their digest; pull it again", field=field)
 
 

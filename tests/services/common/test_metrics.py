@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from services.common.metrics import Metrics
 
 METRICS = {metric.name: metric for metric in Metrics().registry.collect()}
-BOUNDED_LABELS = {"method", "code", "stage", "model", "path", "cache", "healthy"}
+BOUNDED_LABELS = {"method", "code", "stage", "model", "path", "cache", "healthy", "outcome", "reason", "state"}
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)

@@ -8,8 +8,8 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from safelight.errors import FieldViolation
-from safelight.v1.work_pb2 import WorkContext
-from services.common.validation import MAX_SEED, check_deadline, check_range, check_seed
+from safelight.v1.work_pb2 import DeterminismClass, WorkContext
+from services.common.validation import MAX_SEED, check_deadline, check_determinism, check_range, check_seed
 
 
 @pytest.mark.parametrize("value", [0, 0.5, 1])
@@ -43,3 +43,14 @@ def test_a_deadline_that_a_timestamp_can_hold_is_right(deadline: Timestamp | Non
 def test_a_deadline_that_is_no_moment_is_wrong(deadline: Timestamp) -> None:
     (violation,) = check_deadline(WorkContext(deadline=deadline))
     assert violation.field == "context.deadline"
+
+
+@pytest.mark.parametrize("value", DeterminismClass.values())
+def test_a_determinism_class_of_the_contract_is_right(value: DeterminismClass.ValueType) -> None:
+    assert list(check_determinism(value)) == []
+
+
+def test_a_determinism_class_that_the_contract_lacks_is_wrong_and_the_choice_is_told() -> None:
+    (violation,) = check_determinism(99)  # type: ignore[arg-type]  # as a client of a later release might send
+    assert violation.field == "determinism"
+    assert "DETERMINISM_CLASS_EXACT" in violation.description

@@ -73,7 +73,9 @@ def test_every_row_of_an_exact_request_has_a_pass_of_its_own(model: Denoiser, ba
 
 def test_exact_requests_share_no_key_with_others(model: Denoiser) -> None:
     engine = DenoiserEngine({"tiny": model}, batch_cfg=True)
-    keys = {engine.batch_key(job(engine, guided=guided, exact=exact)) for guided in (False, True) for exact in (False, True)}
+    keys = {
+        engine.batch_key(job(engine, guided=guided, exact=exact)) for guided in (False, True) for exact in (False, True)
+    }
     assert len(keys) == 2
 
 

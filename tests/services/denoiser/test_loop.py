@@ -1,4 +1,4 @@
-"""Laws of the loop, with an engine whose steps end when the test says so: what is computed for whom, and what is told."""
+"""Laws of the loop, with an engine whose steps end when the test says so: what is computed, and what is told."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ class Running:
 async def running_loop(max_running: int = 4) -> AsyncIterator[Running]:
     running = Running(max_running)
     running.loop.start()
-    yield running
-    running.engine.let_go(1000)
-    await running.loop.close()
-    running.executor.close()
+    try:
+        yield running
+    finally:
+        running.engine.let_go(1000)
+        await running.loop.close()
+        running.executor.close()
 
 
 def job(steps: int = 5, *, deadline: float | None = None, exact: bool = False) -> DenoiseJob:

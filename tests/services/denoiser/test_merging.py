@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.synthetic_device import DeviceCurve, linear_curve, published_curve
 from services.denoiser.cost_curve import StepCosts
-from tests.support.virtual_device import VirtualDevice, known
+from tests.support.virtual_device import KEY, VirtualDevice, known
 
 
 def crowd(device: VirtualDevice, count: int, **needs: Any) -> None:
@@ -40,6 +41,14 @@ def test_a_gain_within_the_noise_is_no_reason_to_merge() -> None:
     device = VirtualDevice(curve=lambda rows: 0.03 + 0.97 * rows)
     crowd(device, 8)
     assert len(device.step()) == 1
+
+
+def test_noise_seldom_makes_requests_share_where_that_does_not_pay() -> None:
+    draw = random.Random(0)
+    device = VirtualDevice(curve=lambda rows: rows * draw.uniform(1.0, 1.1), costs=StepCosts())
+    crowd(device, 8, steps=100)
+    device.run()
+    assert sum(device.steps_done.values()) <= 1.15 * device.passes
 
 
 def test_the_size_with_the_best_throughput_is_taken() -> None:
@@ -120,6 +129,16 @@ def test_the_curve_is_learnt_from_nothing(curve: DeviceCurve, worth: float) -> N
     crowd(device, 8, steps=200)
     device.run()
     assert throughput(device) >= worth
+
+
+def test_tight_deadlines_do_not_keep_a_curve_unknown() -> None:
+    device = VirtualDevice(costs=StepCosts())
+    for number in range(300):
+        device.add(str(number), steps=4, deadline=device.now + 7.5)  # too tight for two rows, if a row costs one second
+        device.add(f"{number} too", steps=4, deadline=device.now + 7.5)
+        device.run()
+    assert device.costs.trusted_rows(KEY) == 2
+    assert device.took["299"] == device.took["299 too"] == pytest.approx(4 * published_curve(2))
 
 
 def test_a_curve_that_turns_bad_is_unlearnt() -> None:

@@ -164,6 +164,15 @@ def test_rows_of_guidance_count(curve: DeviceCurve) -> None:
     assert device.tenant_seconds["a"] / device.tenant_seconds["b"] == pytest.approx(1.0, rel=0.1)
 
 
+def test_rows_that_deadlines_took_count_in_the_same_pass() -> None:
+    device = VirtualDevice(max_rows=4)
+    for name in "abc":
+        device.add(f"urgent {name}", steps=20, tenant="hasty", deadline=50.0)
+        device.add(f"patient {name}", steps=20, tenant="patient")
+        device.add(f"calm {name}", steps=20, tenant="hasty")
+    assert not any(name.startswith("calm") for _ in range(10) for name in device.step())
+
+
 def test_requests_that_run_alone_count() -> None:
     device = backlogged({}, alone=True)
     assert device.tenant_seconds["a"] / device.tenant_seconds["b"] == pytest.approx(1.0, rel=0.1)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import pytest
 
 from safelight.errors import LeaseExpiredError, StageUnavailableError
+from safelight.v1.load_service_pb2 import GetLoadResponse
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, PullResponse, ReleaseRequest, ReleaseResponse
 from safelight.v1.tensor_exchange_service_pb2_grpc import (
     TensorExchangeServiceServicer,
     TensorExchangeServiceStub,
     add_TensorExchangeServiceServicer_to_server,
 )
-from safelight.v1.tensor_pb2 import TensorLease
+from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorLease
 from services.common.channels import ChannelPool
-from services.common.exchange import CHUNK_BYTES, chunk_stream, digest
+from services.common.exchange import CHUNK_BYTES, BytesPayload, TensorStore, chunk_stream, digest, servicer
+from services.common.exchange.chunk_messages import chunks
 from services.common.exchange.chunk_stream import ATTEMPTS, ChunkStream
 from services.common.metrics import Metrics
 from services.common.request_context import Context
 from services.common.server import Service
+from services.common.stage import stage_mounts
 from tests.serving import Serve
 
 DATA = random.Random(0).randbytes(3 * CHUNK_BYTES + 5)
@@ -150,3 +153,29 @@ async def test_a_call_does_not_share_a_connection_with_a_tensor(serve: Serve, ch
     assert len(holder.peers["Pull"] | holder.peers["Release"]) == 2
     pulling.cancel()
     await asyncio.gather(pulling, return_exceptions=True)
+
+
+async def test_a_holder_does_not_run_ahead_of_a_slow_consumer(
+    serve: Serve, channels: ChannelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def counted(data: memoryview, offset: int) -> Iterator[memoryview]:
+        for chunk in chunks(data, offset):
+            sent.append(chunk.nbytes)
+            yield chunk
+
+    monkeypatch.setattr(servicer, "chunks", counted)
+    store = TensorStore(60.0, Metrics())
+    running = await serve(Service("holder", stage_mounts(store, [], GetLoadResponse)))
+    size = 64 * CHUNK_BYTES
+    ref = await store.put(TensorHeader(dtype=DATA_TYPE_UINT8, shape=[size]), BytesPayload(bytes(size)))
+    call = TensorExchangeServiceStub(channels.bulk(running.server.address)).Pull(PullRequest(ticket=ref.lease.ticket))
+    responses = aiter(call)
+    await anext(responses)
+    seen = 0
+    while seen != len(sent):
+        seen = len(sent)
+        await asyncio.sleep(0.2)
+    assert seen < 32
+    assert CHUNK_BYTES + sum([len(response.data) async for response in responses]) == size
