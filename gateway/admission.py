@@ -21,7 +21,12 @@ from gateway.plan import GenerationPlan
 from gateway.retry_times import RetryTimes
 from gateway.settings import GatewaySettings
 from gateway.work import Work, steps_work
-from safelight.errors import DeadlineExceededError, DeadlineUnreachableError, OverloadedError
+from safelight.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, GenerationParameters, SamplingOptions
 from services.common.metrics import Metrics
 
@@ -61,6 +66,7 @@ class Admission:
             remaining_seconds: time it has; None: no limit.
 
         Raises:
+            InvalidRequestError: it asks for more pictures than are ever made at once.
             DeadlineUnreachableError: it would take longer than that.
             OverloadedError: too much other work is ahead of it.
         """
@@ -96,6 +102,11 @@ class Admission:
             found = estimate(request_work(plan, steps), *loads)
             return found and replace(found, extra_seconds=self._calibration.extra_seconds(found.seconds))
 
+        if len(plan.images) > self._max_images:
+            raise InvalidRequestError.of(
+                "num_images",
+                f"is {len(plan.images)}; this gateway makes at most {self._max_images} at once: ask for fewer",
+            )
         known = expected(sampling.steps)
         if self._images + len(plan.images) > self._max_images:
             raise self._too_many(plan, known)

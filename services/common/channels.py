@@ -16,6 +16,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A silent peer (its node is gone) is noticed within seconds, not at TCP's time-out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),  # of a ping that is under way already; by default a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Every replica gets a connection of its own, also when two names resolve to one address.

@@ -17,7 +17,12 @@ from gateway.catalog import Stages
 from gateway.plan import GenerationPlan, make_plan
 from gateway.replicas import ReplicaSet
 from gateway.settings import GatewaySettings
-from safelight.errors import DeadlineExceededError, DeadlineUnreachableError, OverloadedError
+from safelight.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.load_service_pb2 import GetLoadResponse, WorkCost
 from safelight.v1.model_pb2 import DecoderDescription, DenoiserDescription, EncoderDescription, ModelDescription
@@ -211,6 +216,13 @@ async def test_pictures_beyond_the_bound_are_refused_and_their_returns_are_sprea
     assert gate.count("safelight_admission_refused_total", reason="credits") == 3
     with gate.admit(plan(images=2), None):
         pass
+
+
+async def test_more_pictures_than_are_ever_made_at_once_are_not_told_to_come_back(open_gate: OpenGate) -> None:
+    gate = await open_gate({}, max_images_in_flight=2)
+    with pytest.raises(InvalidRequestError, match="num_images: is 3; at most 2 are ever made at once") as caught:
+        gate.admit(plan(images=3), None).__enter__()
+    assert caught.value.retry_after_seconds is None
 
 
 async def test_missed_deadlines_are_counted_by_the_stage_reached(open_gate: OpenGate) -> None:
