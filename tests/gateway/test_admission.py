@@ -220,7 +220,7 @@ async def test_pictures_beyond_the_bound_are_refused_and_their_returns_are_sprea
 
 async def test_more_pictures_than_are_ever_made_at_once_are_not_told_to_come_back(open_gate: OpenGate) -> None:
     gate = await open_gate({}, max_images_in_flight=2)
-    with pytest.raises(InvalidRequestError, match="num_images: is 3; at most 2 are ever made at once") as caught:
+    with pytest.raises(InvalidRequestError, match="num_images: is 3; this gateway makes at most 2 at once") as caught:
         gate.admit(plan(images=3), None).__enter__()
     assert caught.value.retry_after_seconds is None
 
