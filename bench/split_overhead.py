@@ -30,6 +30,7 @@ from services.common.manifest import DEMO_MODEL_PATH, Component, ModelEntry
 from services.decoder.models.sd15 import SD15Decoder
 from services.decoder.output_files import picture_file
 from services.decoder.tiling import DEFAULT_TILING
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
 from services.denoiser.models.sd15 import SD15Denoiser
@@ -89,15 +90,16 @@ class DirectPipeline:
             schedule="scaled_linear",
             steps=self._case.steps,
         )
-        noise = NoiseSource(seed, (1, 4, self._case.size // 8, self._case.size // 8))
+        shape = (4, self._case.size // 8, self._case.size // 8)
+        noise = NoiseSource(seed, (1, *shape))
         return DenoiseJob(
             model="model",
             plan=plan,
             noise=noise,
             state=self._engine.start("model", plan, noise),
             guidance_scale=GUIDANCE_SCALE,
-            positive=self._engine.prepare("model", positive, "positive"),
-            negative=self._engine.prepare("model", negative, "negative"),
+            positive=self._engine.prepare("model", PromptConditioning(positive, "positive", shape)),
+            negative=self._engine.prepare("model", PromptConditioning(negative, "negative", shape)),
             deadline=None,
         )
 

@@ -4,6 +4,7 @@ models:
   - name: majicflus
     path: /weights/majicmix.safetensors   # a file, a list of files, or a folder in the diffusers layout
     encoder: {dtype: float16}              # optional, a stage each: dtype, and a path of its own
+                                           # and of a stage of several networks: parts: {t5: {path: …, dtype: …}}
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
@@ -14,7 +15,7 @@ models:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
-_NESTED = (*_STAGES, "defaults")
+_NESTED = (*_STAGES, "defaults", "parts")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 WeightsPath = str | tuple[str, ...]
@@ -34,11 +35,11 @@ class ManifestError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
-    """One stage's part of a model.
+class Part:
+    """One network of a model.
 
     Args:
-        path: weights of this part alone; empty: they are in the model's own path.
+        path: weights of this network alone; empty: they are in the model's own path.
         dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU.
     """
 
@@ -49,6 +50,22 @@ class Component:
     def paths(self) -> tuple[Path, ...]:
         """Of the weights; none if they are in the model's own path."""
         return _paths(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component(Part):
+    """One stage's part of a model.
+
+    Args:
+        parts: its networks by name, where it has several that differ in path or dtype: "clip_l", "clip_g", "t5" …
+    """
+
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    def part(self, name: str) -> Part:
+        """The network of that name; what is not said of it is the component's."""
+        part = self.parts.get(name, Part())
+        return Part(path=part.path or self.path, dtype=self.dtype if part.dtype == "auto" else part.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +155,26 @@ def _parse_defaults(entry: object, where: str) -> Defaults:
 
 
 def _parse_component(entry: object, where: str) -> Component:
-    component = Component(**_checked(Component, entry, where))
-    if component.dtype not in DTYPES:
-        raise ManifestError(f"{where}.dtype: {component.dtype!r} is not one of {', '.join(DTYPES)}")
+    values = _checked(Component, entry, where)
+    if "parts" in values:
+        values["parts"] = _parse_parts(values["parts"], f"{where}.parts")
+    component = Component(**values)
+    _check_dtype(component, where)
     return component
+
+
+def _parse_parts(entry: object, where: str) -> dict[str, Part]:
+    if not isinstance(entry, Mapping):
+        raise ManifestError(f"{where}: must be a mapping from a network's name to its path and dtype")
+    parts = {str(name): Part(**_checked(Part, part, f"{where}.{name}")) for name, part in entry.items()}
+    for name, part in parts.items():
+        _check_dtype(part, f"{where}.{name}")
+    return parts
+
+
+def _check_dtype(part: Part, where: str) -> None:
+    if part.dtype not in DTYPES:
+        raise ManifestError(f"{where}.dtype: {part.dtype!r} is not one of {', '.join(DTYPES)}")
 
 
 def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.guidance import classifier_free_guidance
 from services.denoiser.job import BatchKey, DenoiseJob
 from services.denoiser.registry import Denoiser
@@ -40,9 +41,9 @@ class DenoiserEngine:
         return BatchKey(job.model, tuple(job.state.latents.shape[1:]), conditioning, job.exact)
 
     @torch.inference_mode()
-    def prepare(self, model: str, conditioning: Mapping[str, Tensor], field: str) -> Any:
+    def prepare(self, model: str, conditioning: PromptConditioning) -> Any:
         """What the model computes once a request from its conditioning."""
-        return self.models[model].prepare(conditioning, field)
+        return self.models[model].prepare(conditioning)
 
     @torch.inference_mode()
     def start(self, model: str, plan: SamplingPlan, noise: NoiseSource) -> SamplerState:

@@ -17,6 +17,7 @@ from services.common.exchange import TensorReader
 from services.common.executor import DeviceExecutor
 from services.common.received_bytes import received_bytes
 from services.denoiser.checkpoints import CheckpointCosts, CheckpointPace
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.guidance import guidance_rows
 from services.denoiser.job import DenoiseJob
@@ -75,10 +76,10 @@ class Preparation:
             SafelightError: a tensor of the request can't be had, or is not what it must be.
         """
         scale = self._guidance_scale(request)
-        positive = await self._condition(request.model, request.conditioning, "conditioning")
+        positive = await self._condition(request, request.conditioning, "conditioning")
         negative = None
         if guidance_rows(scale) == 2:
-            negative = await self._condition(request.model, request.negative_conditioning, "negative_conditioning")
+            negative = await self._condition(request, request.negative_conditioning, "negative_conditioning")
             self._check_alike(request.model, positive, negative)
         noise = NoiseSource(request.seed, (1, *request.latent_shape))
         state = await self._state(request, plan, noise)
@@ -124,13 +125,19 @@ class Preparation:
             return request.guidance.scale
         return self.models[request.model].denoiser.default_guidance_scale
 
-    async def _condition(self, model: str, conditioning: Conditioning, field: str) -> Any:
+    async def _condition(self, request: pb.DenoiseRequest, conditioning: Conditioning, field: str) -> Any:
         refs = {named.name: named.tensor for named in conditioning.tensors}
         tensors = await asyncio.gather(
             *(read_tensor(self.reader, ref, f"{field}.{name}") for name, ref in refs.items())
         )
-        named_tensors = dict(zip(refs, tensors, strict=True))
-        return await self.executor.run(lambda: self.engine.prepare(model, named_tensors, field))
+        prompt = PromptConditioning(
+            dict(zip(refs, tensors, strict=True)),
+            field,
+            tuple(request.latent_shape),
+            request.guidance.distilled_scale if request.guidance.HasField("distilled_scale") else None,
+            request.size_conditioning if request.HasField("size_conditioning") else None,
+        )
+        return await self.executor.run(lambda: self.engine.prepare(request.model, prompt))
 
 
 def work_deadline(request: pb.DenoiseRequest, call_seconds: float | None) -> float | None:

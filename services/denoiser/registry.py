@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.sd15 import SD15Denoiser
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.noise_schedule import NoiseSchedule
@@ -31,7 +32,7 @@ class Denoiser(Protocol):
         """Conditioning of the usual size, to measure with."""
         ...
 
-    def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> Any:
+    def prepare(self, conditioning: PromptConditioning) -> Any:
         """Whatever depends on the conditioning alone, computed once a request."""
         ...
 

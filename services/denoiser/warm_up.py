@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
@@ -88,7 +89,7 @@ def _job(
         noise=noise,
         state=engine.start(name, plan, noise),
         guidance_scale=1.0,
-        positive=engine.prepare(name, model.example_conditioning(), "warm-up"),
+        positive=engine.prepare(name, PromptConditioning(model.example_conditioning(), "warm-up", shape)),
         negative=None,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from safelight.errors import CheckpointError
-from services.common.manifest import Component, ModelEntry
+from services.common.manifest import ModelEntry, Part
 from services.modeling.product_speed import bfloat16_is_fast
 from services.modeling.weights import Checkpoint, open_checkpoint
 
@@ -37,22 +37,22 @@ class Source:
     config: Mapping[str, Any] | None
 
 
-def open_component(entry: ModelEntry, component: Component, folder: str) -> Source:
-    """The checkpoint of one component.
+def open_component(entry: ModelEntry, part: Part, folder: str) -> Source:
+    """The checkpoint of one network.
 
     Args:
         entry: the model.
-        component: the stage's part of it; its own path goes before the model's.
-        folder: the component's folder in the diffusers layout, e.g. "unet".
+        part: the network; its own path goes before the model's.
+        folder: the network's folder in the diffusers layout, e.g. "unet".
 
     Raises:
         CheckpointError: the path does not exist, or holds no weights of a known layout.
     """
-    paths = [_existing(entry, path) for path in component.paths or entry.paths]
+    paths = [_existing(entry, path) for path in part.paths or entry.paths]
     if len(paths) > 1:
         return Source(open_checkpoint(paths), None)
     path = paths[0]
-    if path.is_dir() and not component.path:
+    if path.is_dir() and not part.path:
         path = _existing(entry, path / folder)
     return Source(open_checkpoint(path), read_json(path / "config.json") if path.is_dir() else None)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
 from services.denoiser.previews import FILE_NAME, LatentPreviewMap, load_preview_map
 from services.denoiser.sampling.noise_schedule import NoiseSchedule
@@ -103,22 +104,18 @@ class SD15Denoiser:
         """`prompt_embeds` of the usual length."""
         return {PROMPT_EMBEDS: torch.zeros(1, self._tokens, self._unet.params.cross_attention_dim)}
 
-    def prepare(self, conditioning: Mapping[str, Tensor], field: str) -> ContextKV:
-        """The prompt's cross-attention keys and values, computed once a request.
-
-        Args:
-            conditioning: `prompt_embeds` [1, L, D].
-            field: names the conditioning in errors.
+    def prepare(self, conditioning: PromptConditioning) -> ContextKV:
+        """The keys and values of a prompt's cross-attentions, computed once a request from `prompt_embeds` [1, L, D].
 
         Raises:
             InvalidRequestError: the tensor is missing or of the wrong shape.
         """
-        embeds = conditioning.get(PROMPT_EMBEDS)
+        embeds = conditioning.tensors.get(PROMPT_EMBEDS)
         width = self._unet.params.cross_attention_dim
         if embeds is None or embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
             found = "missing" if embeds is None else f"{list(embeds.shape)}"
             raise InvalidRequestError.of(
-                f"{field}.{PROMPT_EMBEDS}",
+                f"{conditioning.field}.{PROMPT_EMBEDS}",
                 f"must be a tensor of shape [1, tokens, {width}], is {found}: use this model's own encoder",
             )
         # A copy, in memory that torch has aligned: the rounding of some matrix products follows the alignment.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from services.common.manifest import load_manifest
+from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
 from services.denoiser.registry import LOADERS, Denoiser
@@ -42,7 +43,7 @@ def job(engine: DenoiserEngine, *, guided: bool, exact: bool = False) -> Denoise
     model = engine.models["tiny"]
     plan = plan_sampling(model.noise_schedule, sampler="dpmpp_2m", schedule="karras", steps=4)
     noise = NoiseSource(1, (1, *SHAPE))
-    prepared = engine.prepare("tiny", model.example_conditioning(), "conditioning")
+    prepared = engine.prepare("tiny", PromptConditioning(model.example_conditioning(), "conditioning", (4, 8, 8)))
     return DenoiseJob(
         model="tiny",
         plan=plan,

@@ -29,8 +29,14 @@ class DecodeRequest(_message.Message):
     LATENTS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ORIGINAL_IMAGE_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
+    original_image: _builtins.bytes
+    """With a mask: the picture file whose pixels stay where the mask is black."""
+    mask: _builtins.bytes
+    """The mask's file, of any size."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -55,10 +61,12 @@ class DecodeRequest(_message.Message):
         latents: _tensor_pb2.TensorRef | None = ...,
         output: _work_pb2.OutputOptions | None = ...,
         parameters: _work_pb2.GenerationParameters | None = ...,
+        original_image: _builtins.bytes = ...,
+        mask: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "latents", b"latents", "output", b"output", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "latents", b"latents", "model", b"model", "output", b"output", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "latents", b"latents", "mask", b"mask", "model", b"model", "original_image", b"original_image", "output", b"output", "parameters", b"parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,10 +157,13 @@ class EncodeImageRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     image: _builtins.bytes
     """The picture file: PNG, JPEG or WebP."""
+    mask: _builtins.bytes
+    """The file of a mask for it, white where to repaint; empty: none. It is scaled to the latent's size."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -163,10 +174,11 @@ class EncodeImageRequest(_message.Message):
         context: _work_pb2.WorkContext | None = ...,
         model: _builtins.str = ...,
         image: _builtins.bytes = ...,
+        mask: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "image", b"image", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "image", b"image", "mask", b"mask", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,6 +192,7 @@ class EncodeImageResponse(_message.Message):
 
     LATENTS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def latents(self) -> _tensor_pb2.TensorRef:
         """The posterior mean times the scaling factor, [1, C, H, W], float32."""
@@ -188,15 +201,20 @@ class EncodeImageResponse(_message.Message):
     def timing(self) -> _work_pb2.StageTiming:
         """What the decoder stage spent."""
 
+    @_builtins.property
+    def mask(self) -> _tensor_pb2.TensorRef:
+        """The mask at the latent's size, [1, 1, H, W], float32, 0 or 1; unset without one."""
+
     def __init__(
         self,
         *,
         latents: _tensor_pb2.TensorRef | None = ...,
         timing: _work_pb2.StageTiming | None = ...,
+        mask: _tensor_pb2.TensorRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

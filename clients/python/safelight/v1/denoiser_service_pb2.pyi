@@ -43,6 +43,7 @@ class DenoiseRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     seed: _builtins.int
@@ -85,7 +86,7 @@ class DenoiseRequest(_message.Message):
 
     @_builtins.property
     def mask(self) -> _tensor_pb2.TensorRef:
-        """Latent-sized mask, 1 where to repaint."""
+        """Mask [1, 1, H, W] of the latent's size, float32, 1 where to repaint."""
 
     @_builtins.property
     def preview(self) -> _work_pb2.PreviewOptions:
@@ -98,6 +99,10 @@ class DenoiseRequest(_message.Message):
     @_builtins.property
     def resume_from(self) -> _work_pb2.Checkpoint:
         """Go on from here instead of from noise."""
+
+    @_builtins.property
+    def size_conditioning(self) -> _work_pb2.SizeConditioning:
+        """Sizes that the model is told; unset: those of the latent."""
 
     def __init__(
         self,
@@ -118,10 +123,11 @@ class DenoiseRequest(_message.Message):
         preview: _work_pb2.PreviewOptions | None = ...,
         checkpoints: _work_pb2.CheckpointOptions | None = ...,
         resume_from: _work_pb2.Checkpoint | None = ...,
+        size_conditioning: _work_pb2.SizeConditioning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "guidance", b"guidance", "initial_latents", b"initial_latents", "mask", b"mask", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "guidance", b"guidance", "initial_latents", b"initial_latents", "mask", b"mask", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015

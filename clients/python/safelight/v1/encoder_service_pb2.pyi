@@ -32,12 +32,18 @@ class EncodeRequest(_message.Message):
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
+    NEGATIVE_PROMPTS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     clip_skip: _builtins.int
     """CLIP layer to take, counted from the end: 1 is the last. 0: the model's default."""
     determinism: _work_pb2.DeterminismClass.ValueType
     """How equal repeated runs must be. In the exact class every prompt is encoded by itself."""
+    negative_prompts: _builtins.int
+    """How many of the prompts, at the end of the list, say what the picture shall not show: some models stand for an empty
+    one by zeros.
+    """
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -50,6 +56,10 @@ class EncodeRequest(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.MediaInput]:
         """Pictures or sound that condition the model beside the text."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.Adapter]:
+        """LoRAs to apply to the text encoders."""
+
     def __init__(
         self,
         *,
@@ -59,10 +69,12 @@ class EncodeRequest(_message.Message):
         clip_skip: _builtins.int = ...,
         inputs: _abc.Iterable[_work_pb2.MediaInput] | None = ...,
         determinism: _work_pb2.DeterminismClass.ValueType = ...,
+        negative_prompts: _builtins.int = ...,
+        adapters: _abc.Iterable[_work_pb2.Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "inputs", b"inputs", "model", b"model", "prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "inputs", b"inputs", "model", b"model", "negative_prompts", b"negative_prompts", "prompts", b"prompts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from safelight.v1 import work_pb2 as safelight_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%safelight/v1/generation_service.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17safelight/v1/work.proto\"\xed\x04\n\x0fGenerateRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12\x12\n\nnum_frames\x18\x07 \x01(\x05\x12\x0b\n\x03\x66ps\x18\x08 \x01(\x02\x12/\n\x08sampling\x18\t \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\n \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x0b \x01(\x05\x12\x12\n\nnum_images\x18\x0c \x01(\x05\x12\r\n\x05seeds\x18\r \x03(\x03\x12\'\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x15.safelight.v1.Adapter\x12(\n\x06inputs\x18\x0f \x03(\x0b\x32\x18.safelight.v1.MediaInput\x12\x15\n\x08strength\x18\x10 \x01(\x02H\x00\x88\x01\x01\x12+\n\x06output\x18\x11 \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12-\n\x07preview\x18\x12 \x01(\x0b\x32\x1c.safelight.v1.PreviewOptions\x12\x33\n\x0b\x64\x65terminism\x18\x13 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x16\n\x0e\x61\x66ter_sequence\x18\x14 \x01(\x03\x42\x0b\n\t_strength\";\n\rCancelRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\"\x10\n\x0e\x43\x61ncelResponse\"u\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\".safelight.v1.GenerationParameters\x12\x19\n\x11\x65stimated_seconds\x18\x03 \x01(\x01\"F\n\x0eGenerateQueued\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\x05\"S\n\x10GenerateProgress\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x05\x12\r\n\x05steps\x18\x04 \x01(\x05\"V\n\x0fGeneratePreview\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"\xa5\x03\n\x0cImageReceipt\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x36\n\nparameters\x18\x02 \x01(\x0b\x32\".safelight.v1.GenerationParameters\x12*\n\x07timings\x18\x03 \x03(\x0b\x32\x19.safelight.v1.StageTiming\x12\x11\n\tsteps_run\x18\x04 \x01(\x05\x12\x33\n\x0b\x64\x65terminism\x18\x05 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\x12\x18\n\x10truncated_prompt\x18\x07 \x01(\t\x12!\n\x19truncated_negative_prompt\x18\x08 \x01(\t\x12\x18\n\x10steps_recomputed\x18\t \x01(\x05\x12\x13\n\x0bsteps_saved\x18\n \x01(\x05\x12+\n\x06output\x18\x0b \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12\x11\n\tfile_size\x18\x0c \x01(\x03\x12\x13\n\x0b\x66ile_sha256\x18\r \x01(\x0c\"n\n\x0eGenerateResult\x12*\n\x06images\x18\x01 \x03(\x0b\x32\x1a.safelight.v1.ImageReceipt\x12\x30\n\x0c\x63ompleted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd1\x02\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1e.safelight.v1.GenerateAcceptedH\x00\x12.\n\x06queued\x18\x03 \x01(\x0b\x32\x1c.safelight.v1.GenerateQueuedH\x00\x12\x32\n\x08progress\x18\x04 \x01(\x0b\x32\x1e.safelight.v1.GenerateProgressH\x00\x12\x30\n\x07preview\x18\x05 \x01(\x0b\x32\x1d.safelight.v1.GeneratePreviewH\x00\x12(\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x17.safelight.v1.FileChunkH\x00\x12.\n\x06result\x18\x07 \x01(\x0b\x32\x1c.safelight.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent2\xa5\x01\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.safelight.v1.GenerateRequest\x1a\x1e.safelight.v1.GenerateResponse0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.safelight.v1.CancelRequest\x1a\x1c.safelight.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%safelight/v1/generation_service.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17safelight/v1/work.proto\"\xa8\x05\n\x0fGenerateRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12\x12\n\nnum_frames\x18\x07 \x01(\x05\x12\x0b\n\x03\x66ps\x18\x08 \x01(\x02\x12/\n\x08sampling\x18\t \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\n \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x0b \x01(\x05\x12\x12\n\nnum_images\x18\x0c \x01(\x05\x12\r\n\x05seeds\x18\r \x03(\x03\x12\'\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x15.safelight.v1.Adapter\x12(\n\x06inputs\x18\x0f \x03(\x0b\x32\x18.safelight.v1.MediaInput\x12\x15\n\x08strength\x18\x10 \x01(\x02H\x00\x88\x01\x01\x12+\n\x06output\x18\x11 \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12-\n\x07preview\x18\x12 \x01(\x0b\x32\x1c.safelight.v1.PreviewOptions\x12\x33\n\x0b\x64\x65terminism\x18\x13 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x16\n\x0e\x61\x66ter_sequence\x18\x14 \x01(\x03\x12\x39\n\x11size_conditioning\x18\x15 \x01(\x0b\x32\x1e.safelight.v1.SizeConditioningB\x0b\n\t_strength\";\n\rCancelRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\"\x10\n\x0e\x43\x61ncelResponse\"u\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\".safelight.v1.GenerationParameters\x12\x19\n\x11\x65stimated_seconds\x18\x03 \x01(\x01\"F\n\x0eGenerateQueued\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\x05\"S\n\x10GenerateProgress\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x05\x12\r\n\x05steps\x18\x04 \x01(\x05\"V\n\x0fGeneratePreview\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"\xa5\x03\n\x0cImageReceipt\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x36\n\nparameters\x18\x02 \x01(\x0b\x32\".safelight.v1.GenerationParameters\x12*\n\x07timings\x18\x03 \x03(\x0b\x32\x19.safelight.v1.StageTiming\x12\x11\n\tsteps_run\x18\x04 \x01(\x05\x12\x33\n\x0b\x64\x65terminism\x18\x05 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\x12\x18\n\x10truncated_prompt\x18\x07 \x01(\t\x12!\n\x19truncated_negative_prompt\x18\x08 \x01(\t\x12\x18\n\x10steps_recomputed\x18\t \x01(\x05\x12\x13\n\x0bsteps_saved\x18\n \x01(\x05\x12+\n\x06output\x18\x0b \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12\x11\n\tfile_size\x18\x0c \x01(\x03\x12\x13\n\x0b\x66ile_sha256\x18\r \x01(\x0c\"n\n\x0eGenerateResult\x12*\n\x06images\x18\x01 \x03(\x0b\x32\x1a.safelight.v1.ImageReceipt\x12\x30\n\x0c\x63ompleted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd1\x02\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1e.safelight.v1.GenerateAcceptedH\x00\x12.\n\x06queued\x18\x03 \x01(\x0b\x32\x1c.safelight.v1.GenerateQueuedH\x00\x12\x32\n\x08progress\x18\x04 \x01(\x0b\x32\x1e.safelight.v1.GenerateProgressH\x00\x12\x30\n\x07preview\x18\x05 \x01(\x0b\x32\x1d.safelight.v1.GeneratePreviewH\x00\x12(\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x17.safelight.v1.FileChunkH\x00\x12.\n\x06result\x18\x07 \x01(\x0b\x32\x1c.safelight.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent2\xa5\x01\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.safelight.v1.GenerateRequest\x1a\x1e.safelight.v1.GenerateResponse0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.safelight.v1.CancelRequest\x1a\x1c.safelight.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.generation_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=114
-  _globals['_GENERATEREQUEST']._serialized_end=735
-  _globals['_CANCELREQUEST']._serialized_start=737
-  _globals['_CANCELREQUEST']._serialized_end=796
-  _globals['_CANCELRESPONSE']._serialized_start=798
-  _globals['_CANCELRESPONSE']._serialized_end=814
-  _globals['_GENERATEACCEPTED']._serialized_start=816
-  _globals['_GENERATEACCEPTED']._serialized_end=933
-  _globals['_GENERATEQUEUED']._serialized_start=935
-  _globals['_GENERATEQUEUED']._serialized_end=1005
-  _globals['_GENERATEPROGRESS']._serialized_start=1007
-  _globals['_GENERATEPROGRESS']._serialized_end=1090
-  _globals['_GENERATEPREVIEW']._serialized_start=1092
-  _globals['_GENERATEPREVIEW']._serialized_end=1178
-  _globals['_IMAGERECEIPT']._serialized_start=1181
-  _globals['_IMAGERECEIPT']._serialized_end=1602
-  _globals['_GENERATERESULT']._serialized_start=1604
-  _globals['_GENERATERESULT']._serialized_end=1714
-  _globals['_GENERATERESPONSE']._serialized_start=1717
-  _globals['_GENERATERESPONSE']._serialized_end=2054
-  _globals['_GENERATIONSERVICE']._serialized_start=2057
-  _globals['_GENERATIONSERVICE']._serialized_end=2222
+  _globals['_GENERATEREQUEST']._serialized_end=794
+  _globals['_CANCELREQUEST']._serialized_start=796
+  _globals['_CANCELREQUEST']._serialized_end=855
+  _globals['_CANCELRESPONSE']._serialized_start=857
+  _globals['_CANCELRESPONSE']._serialized_end=873
+  _globals['_GENERATEACCEPTED']._serialized_start=875
+  _globals['_GENERATEACCEPTED']._serialized_end=992
+  _globals['_GENERATEQUEUED']._serialized_start=994
+  _globals['_GENERATEQUEUED']._serialized_end=1064
+  _globals['_GENERATEPROGRESS']._serialized_start=1066
+  _globals['_GENERATEPROGRESS']._serialized_end=1149
+  _globals['_GENERATEPREVIEW']._serialized_start=1151
+  _globals['_GENERATEPREVIEW']._serialized_end=1237
+  _globals['_IMAGERECEIPT']._serialized_start=1240
+  _globals['_IMAGERECEIPT']._serialized_end=1661
+  _globals['_GENERATERESULT']._serialized_start=1663
+  _globals['_GENERATERESULT']._serialized_end=1773
+  _globals['_GENERATERESPONSE']._serialized_start=1776
+  _globals['_GENERATERESPONSE']._serialized_end=2113
+  _globals['_GENERATIONSERVICE']._serialized_start=2116
+  _globals['_GENERATIONSERVICE']._serialized_end=2281
 # @@protoc_insertion_point(module_scope)

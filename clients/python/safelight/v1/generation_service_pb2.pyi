@@ -46,6 +46,7 @@ class GenerateRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name. Empty: the only model, if just one is served."""
     prompt: _builtins.str
@@ -104,6 +105,10 @@ class GenerateRequest(_message.Message):
     def preview(self) -> _work_pb2.PreviewOptions:
         """When to send previews."""
 
+    @_builtins.property
+    def size_conditioning(self) -> _work_pb2.SizeConditioning:
+        """Sizes that the model is told; for models that take them."""
+
     def __init__(
         self,
         *,
@@ -127,10 +132,11 @@ class GenerateRequest(_message.Message):
         preview: _work_pb2.PreviewOptions | None = ...,
         determinism: _work_pb2.DeterminismClass.ValueType = ...,
         after_sequence: _builtins.int = ...,
+        size_conditioning: _work_pb2.SizeConditioning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "context", b"context", "guidance", b"guidance", "output", b"output", "preview", b"preview", "sampling", b"sampling", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "context", b"context", "guidance", b"guidance", "output", b"output", "preview", b"preview", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "after_sequence", b"after_sequence", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "fps", b"fps", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "num_frames", b"num_frames", "num_images", b"num_images", "output", b"output", "preview", b"preview", "prompt", b"prompt", "sampling", b"sampling", "seeds", b"seeds", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "after_sequence", b"after_sequence", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "fps", b"fps", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "num_frames", b"num_frames", "num_images", b"num_images", "output", b"output", "preview", b"preview", "prompt", b"prompt", "sampling", b"sampling", "seeds", b"seeds", "size_conditioning", b"size_conditioning", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015

@@ -108,6 +108,26 @@ class DenoiserDescription(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CallsPerStepEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     LATENT_CHANNELS_FIELD_NUMBER: _builtins.int
     CONDITIONING_FIELD_NUMBER: _builtins.int
@@ -121,6 +141,12 @@ class DenoiserDescription(_message.Message):
     MAX_LATENT_AREA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    LATENT_MULTIPLE_FIELD_NUMBER: _builtins.int
+    DEFAULT_DISTILLED_SCALE_FIELD_NUMBER: _builtins.int
+    SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    CALLS_PER_STEP_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     latent_channels: _builtins.int
@@ -141,6 +167,14 @@ class DenoiserDescription(_message.Message):
     """Dtype of the computation."""
     previews: _builtins.bool
     """Whether it can make previews: the model has a map from latents to colours."""
+    latent_multiple: _builtins.int
+    """Width and height in latent elements must be multiples of this; 0: any."""
+    default_distilled_scale: _builtins.float
+    """Distilled guidance scale when a request has none; unset: the model takes none."""
+    size_conditioning: _builtins.bool
+    """Whether it is told the sizes of the picture that it draws (SDXL)."""
+    adapters: _builtins.bool
+    """Whether LoRAs can be applied to it."""
     @_builtins.property
     def conditioning(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the conditioning tensors it needs."""
@@ -152,6 +186,14 @@ class DenoiserDescription(_message.Message):
     @_builtins.property
     def schedules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedules it offers; the first is the default."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedScalarFieldContainer[_work_pb2.MediaRole.ValueType]:
+        """What it takes to start from, beside noise."""
+
+    @_builtins.property
+    def calls_per_step(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Model calls of a step, for each sampler that takes more than one."""
 
     def __init__(
         self,
@@ -169,12 +211,20 @@ class DenoiserDescription(_message.Message):
         max_latent_area: _builtins.int = ...,
         dtype: _tensor_pb2.DataType.ValueType = ...,
         previews: _builtins.bool = ...,
+        latent_multiple: _builtins.int = ...,
+        default_distilled_scale: _builtins.float | None = ...,
+        size_conditioning: _builtins.bool = ...,
+        inputs: _abc.Iterable[_work_pb2.MediaRole.ValueType] | None = ...,
+        calls_per_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        adapters: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "default_distilled_scale", b"default_distilled_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "latent_channels", b"latent_channels", "max_latent_area", b"max_latent_area", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__default_distilled_scale: _TypeAlias = _typing.Literal["default_distilled_scale"]  # noqa: Y015
+    _WhichOneofArgType__default_distilled_scale: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_distilled_scale) -> _WhichOneofReturnType__default_distilled_scale | None: ...
 
 Global___DenoiserDescription: _TypeAlias = DenoiserDescription  # noqa: Y015
 

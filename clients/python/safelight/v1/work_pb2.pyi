@@ -230,9 +230,9 @@ class SamplingOptions(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     MIN_STEPS_FIELD_NUMBER: _builtins.int
     sampler: _builtins.str
-    """Sampler, by the field's name: "euler", "euler_ancestral", "ddim", "dpmpp_2m". Empty: the model's default."""
+    """Sampler, by the field's name; the model's description lists them. Empty: the model's default."""
     schedule: _builtins.str
-    """Noise schedule: "scaled_linear", "karras", "exponential". Empty: the model's default."""
+    """Noise schedule; the model's description lists them. Empty: the model's default."""
     steps: _builtins.int
     """Number of denoising steps; 0: the model's default."""
     min_steps: _builtins.int
@@ -297,6 +297,50 @@ class GuidanceOptions(_message.Message):
 Global___GuidanceOptions: _TypeAlias = GuidanceOptions  # noqa: Y015
 
 @_typing.final
+class SizeConditioning(_message.Message):
+    """The sizes that SDXL was told with each training picture, in pixels (Podell et al. 2023, section 2.2). What is 0 takes
+    its default: the size of the picture that is drawn, uncropped.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGINAL_WIDTH_FIELD_NUMBER: _builtins.int
+    ORIGINAL_HEIGHT_FIELD_NUMBER: _builtins.int
+    CROP_LEFT_FIELD_NUMBER: _builtins.int
+    CROP_TOP_FIELD_NUMBER: _builtins.int
+    TARGET_WIDTH_FIELD_NUMBER: _builtins.int
+    TARGET_HEIGHT_FIELD_NUMBER: _builtins.int
+    original_width: _builtins.int
+    """Width of the picture before it was scaled and cropped."""
+    original_height: _builtins.int
+    """Height of the same."""
+    crop_left: _builtins.int
+    """Pixels cropped at the left."""
+    crop_top: _builtins.int
+    """Pixels cropped at the top."""
+    target_width: _builtins.int
+    """Width after scaling and cropping."""
+    target_height: _builtins.int
+    """Height of the same."""
+    def __init__(
+        self,
+        *,
+        original_width: _builtins.int = ...,
+        original_height: _builtins.int = ...,
+        crop_left: _builtins.int = ...,
+        crop_top: _builtins.int = ...,
+        target_width: _builtins.int = ...,
+        target_height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crop_left", b"crop_left", "crop_top", b"crop_top", "original_height", b"original_height", "original_width", b"original_width", "target_height", b"target_height", "target_width", b"target_width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizeConditioning: _TypeAlias = SizeConditioning  # noqa: Y015
+
+@_typing.final
 class Adapter(_message.Message):
     """A LoRA to apply to this request."""
 
@@ -347,6 +391,32 @@ class MediaInput(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MediaInput: _TypeAlias = MediaInput  # noqa: Y015
+
+@_typing.final
+class MediaDigest(_message.Message):
+    """Names a media input without its bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    role: Global___MediaRole.ValueType
+    """What it is for."""
+    sha256: _builtins.bytes
+    """SHA-256 of the file, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        role: Global___MediaRole.ValueType = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaDigest: _TypeAlias = MediaDigest  # noqa: Y015
 
 @_typing.final
 class PreviewOptions(_message.Message):
@@ -528,6 +598,10 @@ class GenerationParameters(_message.Message):
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt."""
     negative_prompt: _builtins.str
@@ -542,6 +616,8 @@ class GenerationParameters(_message.Message):
     """CLIP layers skipped, counted as in the web UIs: 1 is the last layer."""
     seed: _builtins.int
     """Seed of the noise."""
+    strength: _builtins.float
+    """How much of the input picture was replaced, 0 to 1; unset without one."""
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
         """Sampler, schedule and steps."""
@@ -553,6 +629,18 @@ class GenerationParameters(_message.Message):
     @_builtins.property
     def fingerprints(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Fingerprints of the weights by component, e.g. {"denoiser": "5f0c…"}."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """LoRAs that were applied."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaDigest]:
+        """What it started from."""
+
+    @_builtins.property
+    def size_conditioning(self) -> Global___SizeConditioning:
+        """Sizes that the model was told; unset where it takes none."""
 
     def __init__(
         self,
@@ -567,12 +655,18 @@ class GenerationParameters(_message.Message):
         clip_skip: _builtins.int = ...,
         seed: _builtins.int = ...,
         fingerprints: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        inputs: _abc.Iterable[Global___MediaDigest] | None = ...,
+        strength: _builtins.float | None = ...,
+        size_conditioning: Global___SizeConditioning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["guidance", b"guidance", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "guidance", b"guidance", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_skip", b"clip_skip", "fingerprints", b"fingerprints", "guidance", b"guidance", "height", b"height", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "clip_skip", b"clip_skip", "fingerprints", b"fingerprints", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___GenerationParameters: _TypeAlias = GenerationParameters  # noqa: Y015
 
