@@ -19,7 +19,7 @@ from safelight import (
     UnsupportedError,
 )
 from safelight.model_files import entry_of
-from safelight.pipelines.config import DTYPES, manifest_entry, stack_settings
+from safelight.pipelines.config import DTYPES, PipelineConfig, manifest_entry, stack_settings
 from services.common import manifest
 
 STEPS = 3
@@ -97,6 +97,17 @@ def test_an_unserved_argument_is_refused_by_name(pipeline: SDImagePipeline, fiel
 def test_a_wrong_argument_is_refused_by_name(pipeline: SDImagePipeline) -> None:
     with pytest.raises(InvalidRequestError, match="width: is 65; must be a multiple of 8"):
         pipeline(prompt="a cat", width=65)
+
+
+def test_a_model_of_another_family_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SDImagePipeline, "family", "other")
+    with pytest.raises(UnsupportedError, match="^model_path: 'tiny' is of family 'sd15', not 'other'"):
+        SDImagePipeline.from_pretrained(SDPipelineConfig("tiny", endpoint=endpoint))
+
+
+def test_a_config_of_another_pipeline_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="is a PipelineConfig; give a SDPipelineConfig"):
+        SDImagePipeline.from_pretrained(PipelineConfig("tiny"))
 
 
 @pytest.mark.parametrize(

