@@ -101,7 +101,7 @@ def test_a_wrong_argument_is_refused_by_name(pipeline: SDImagePipeline) -> None:
 
 def test_a_model_of_another_family_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SDImagePipeline, "family", "other")
-    with pytest.raises(UnsupportedError, match="^model_path: 'tiny' is of family 'sd15', not 'other'"):
+    with pytest.raises(UnsupportedError, match=r"^model_path: 'tiny' is of family 'sd15', not 'other'"):
         SDImagePipeline.from_pretrained(SDPipelineConfig("tiny", endpoint=endpoint))
 
 
