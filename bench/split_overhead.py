@@ -84,13 +84,8 @@ class DirectPipeline:
         return picture_file(image[0], OutputOptions(), GenerationParameters()).data
 
     def _start(self, seed: int, positive: Conditioning, negative: Conditioning) -> DenoiseJob:
-        plan = plan_sampling(
-            self._engine.models["model"].noise_schedule,
-            sampler="euler",
-            schedule="scaled_linear",
-            steps=self._case.steps,
-        )
         shape = (4, self._case.size // 8, self._case.size // 8)
+        plan = plan_sampling(self._engine.models["model"].sampling, latent_shape=shape, steps=self._case.steps)
         noise = NoiseSource(seed, (1, *shape))
         return DenoiseJob(
             model="model",

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from safelight import AsyncClient, GeneratedImage
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.variance_preserving import VariancePreserving
 from tests.support.cluster import run_cluster
 from tests.support.ldm_layout import save_single_file
 from tests.support.tiny_sd15 import CLIP_TOKENIZER, save_tiny_sd15
@@ -62,7 +62,7 @@ def diffusers_latents(pipeline: Any, **arguments: Any) -> Tensor:
 
 def dpmpp_2m_arguments() -> dict[str, Any]:
     """Left to itself, diffusers' DPM++ takes another spacing, and unit noise where its first sigma asks for less."""
-    sigma = NoiseSchedule().sigma_max
+    sigma = VariancePreserving().sigma_max
     noise = torch.randn(1, 4, 12, 16, generator=torch.Generator("cpu").manual_seed(SEED))
     return {"timesteps": TIMESTEPS, "latents": noise * sigma / (sigma**2 + 1) ** 0.5}
 

@@ -13,8 +13,9 @@ from services.denoiser.guidance import classifier_free_guidance
 from services.denoiser.job import BatchKey, DenoiseJob
 from services.denoiser.registry import Denoiser
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.prediction import denoised_from_epsilon, scale_model_input
-from services.denoiser.sampling.sampler import SamplingPlan, advance, initial_state
+from services.denoiser.sampling.noise_process import NoiseProcess
+from services.denoiser.sampling.plan import SamplingPlan
+from services.denoiser.sampling.sampler import advance, initial_state
 from services.denoiser.sampling.state import SamplerState, state_on
 
 Row: TypeAlias = tuple[DenoiseJob, Any]
@@ -48,7 +49,8 @@ class DenoiserEngine:
     @torch.inference_mode()
     def start(self, model: str, plan: SamplingPlan, noise: NoiseSource) -> SamplerState:
         """The state before the first step: pure noise at the plan's first sigma."""
-        return initial_state(plan, noise.draw(0).to(self.models[model].device))
+        process, first = self.models[model].sampling.noise, noise.draw(0).to(self.models[model].device)
+        return initial_state(process.pure_noise(first, plan.sigmas[0]))
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
@@ -62,10 +64,10 @@ class DenoiserEngine:
         guided = [job for job in jobs if job.negative is not None]
         positive, negative = self._predict(model, jobs, guided)
         negatives = dict(zip(guided, negative, strict=True))
-        for job, epsilon in zip(jobs, positive, strict=True):
+        for job, prediction in zip(jobs, positive, strict=True):
             if job in negatives:
-                epsilon = classifier_free_guidance(epsilon, negatives[job], job.guidance_scale)
-            self._advance(job, epsilon)
+                prediction = classifier_free_guidance(prediction, negatives[job], job.guidance_scale)
+            _advance(model.sampling.noise, job, prediction)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
 
@@ -87,10 +89,10 @@ class DenoiserEngine:
     def _predict(
         self, model: Denoiser, jobs: Sequence[DenoiseJob], guided: Sequence[DenoiseJob]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Epsilon [1, C, ...] of each job's prompt, and of each guided job's negative prompt."""
+        """Predictions [1, C, ...] for each job's prompt, and for each guided job's negative prompt."""
         positive = [(job, job.positive) for job in jobs]
         negative = [(job, job.negative) for job in guided]
-        predicted = [epsilon for rows in self._passes(positive, negative) for epsilon in _forward(model, rows)]
+        predicted = [row for rows in self._passes(positive, negative) for row in _forward(model, rows)]
         return predicted[: len(jobs)], predicted[len(jobs) :]
 
     def _passes(self, positive: list[Row], negative: list[Row]) -> list[list[Row]]:
@@ -102,20 +104,20 @@ class DenoiserEngine:
             return [positive + negative]
         return [positive, negative]
 
-    @staticmethod
-    def _advance(job: DenoiseJob, epsilon: Tensor) -> None:
-        sigma = job.plan.sigmas[job.state.step_index]
-        denoised = denoised_from_epsilon(job.state.latents, epsilon, sigma)
-        job.state = advance(job.plan, job.state, denoised, job.noise)
-        job.denoised = denoised if job.preview_due(job.state.step_index) else None
-
 
 def _forward(model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-    """One forward pass; epsilon of each row, with a batch axis of 1."""
-    latents = torch.cat([_model_input(job) for job, _ in rows])
+    """One forward pass; the prediction for each row, with a batch axis of 1."""
+    latents = torch.cat([model.sampling.noise.model_input(job.state.latents, _sigma(job)) for job, _ in rows])
     timesteps = torch.tensor([job.plan.timesteps[job.state.step_index] for job, _ in rows], device=latents.device)
     return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)
 
 
-def _model_input(job: DenoiseJob) -> Tensor:
-    return scale_model_input(job.state.latents, job.plan.sigmas[job.state.step_index])
+def _advance(process: NoiseProcess, job: DenoiseJob, prediction: Tensor) -> None:
+    denoised = process.denoised(job.state.latents, prediction, _sigma(job))
+    job.state = advance(job.plan, job.state, denoised, job.noise)
+    job.denoised = denoised if job.preview_due(job.state.step_index) else None
+
+
+def _sigma(job: DenoiseJob) -> float:
+    """The noise level of its latents."""
+    return job.plan.sigmas[job.state.step_index]

@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022).
 
-Applied to the network's prediction (epsilon), before it becomes a denoised latent. The combination is affine, and
-denoised is affine in epsilon, so guiding the denoised latents instead would be the same up to rounding.
+Applied to the network's prediction, before it becomes a denoised latent. The combination is affine, and denoised is
+affine in the prediction, so guiding the denoised latents instead would be the same up to rounding.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from safelight.v1.tensor_pb2 import TensorRef
 from services.denoiser.checkpoints import CheckpointPace
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.sampler import SamplingPlan
+from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.state import SamplerState
 
 

@@ -23,8 +23,8 @@ from services.denoiser.guidance import guidance_rows
 from services.denoiser.job import DenoiseJob
 from services.denoiser.resumption import read_checkpoint
 from services.denoiser.sampling.noise import NoiseSource
+from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
-from services.denoiser.sampling.sampler import SamplingPlan
 from services.denoiser.sampling.state import SamplerState
 from services.modeling.wire import read_tensor
 
@@ -56,13 +56,14 @@ class Preparation:
             InvalidRequestError: a name or a parameter is wrong.
         """
         sampling: SamplingOptions = request.sampling
-        description = self.models[request.model].denoiser
+        default_steps = self.models[request.model].denoiser.default_steps
         try:
             return plan_sampling(
-                self.engine.models[request.model].noise_schedule,
-                sampler=sampling.sampler or description.samplers[0],
-                schedule=sampling.schedule or description.schedules[0],
-                steps=sampling.steps or description.default_steps,
+                self.engine.models[request.model].sampling,
+                latent_shape=request.latent_shape,
+                sampler=sampling.sampler,
+                schedule=sampling.schedule,
+                steps=sampling.steps or default_steps,
                 sampler_parameters=sampling.sampler_parameters,
                 schedule_parameters=sampling.schedule_parameters,
             )

@@ -13,13 +13,13 @@ from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.sd15 import SD15Denoiser
 from services.denoiser.previews import LatentPreviewMap
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.model_sampling import ModelSampling
 
 
 class Denoiser(Protocol):
     """What the engine needs of a model family; `prepare`'s result is the family's own and goes back into `predict`."""
 
-    noise_schedule: NoiseSchedule
+    sampling: ModelSampling
     fingerprint: str
     device: torch.device
     preview_map: LatentPreviewMap | None
@@ -45,7 +45,7 @@ class Denoiser(Protocol):
         ...
 
     def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[Any]) -> Tensor:
-        """Epsilon of each row of a batch."""
+        """What the network predicts (epsilon, v, velocity) for each row of a batch, from the process's model input."""
         ...
 
 

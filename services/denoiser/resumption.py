@@ -12,7 +12,8 @@ from torch import Tensor
 from safelight.errors import FieldViolation, FingerprintMismatchError, InvalidRequestError
 from safelight.v1.work_pb2 import Checkpoint
 from services.common.exchange import Payload, TensorReader
-from services.denoiser.sampling.sampler import SAMPLERS, SamplingPlan
+from services.denoiser.sampling.plan import SamplingPlan
+from services.denoiser.sampling.sampler import SAMPLERS
 from services.denoiser.sampling.state import SamplerState, state_from_bytes
 
 _FIELD = "resume_from.sampler_state"

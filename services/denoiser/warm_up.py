@@ -79,9 +79,7 @@ def _job(
 ) -> DenoiseJob:
     """A request without guidance, as long as it takes."""
     model = engine.models[name]
-    plan = plan_sampling(
-        model.noise_schedule, sampler=denoiser.samplers[0], schedule=denoiser.schedules[0], steps=steps
-    )
+    plan = plan_sampling(model.sampling, latent_shape=shape, steps=steps)
     noise = NoiseSource(0, (1, *shape))
     return DenoiseJob(
         model=name,

@@ -1,10 +1,9 @@
-"""Stable Diffusion 1.5 as the engine sees it: conditioning in, epsilon predictions out."""
+"""Stable Diffusion 1.5 as the engine sees it: conditioning in, predictions out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,10 @@ from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning
+from services.denoiser.models.scheduler_config import scheduler_config, stable_diffusion_sampling
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
 from services.denoiser.previews import FILE_NAME, LatentPreviewMap, load_preview_map
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
-from services.denoiser.sampling.sampler import SAMPLERS
-from services.denoiser.sampling.schedules import SCHEDULES
+from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.components import open_component, read_json, resolve_dtype
 from services.modeling.wire import DATA_TYPES
 
@@ -31,7 +29,7 @@ class SD15Denoiser:
 
     Args:
         unet: the network, on its device.
-        noise_schedule: what it was trained with.
+        sampling: how its latents are noised, and what takes the noise away.
         fingerprint: of its weights.
         sample_size: default width and height in latent elements.
         defaults: of requests.
@@ -42,7 +40,7 @@ class SD15Denoiser:
     def __init__(
         self,
         unet: SDUNet,
-        noise_schedule: NoiseSchedule,
+        sampling: ModelSampling,
         fingerprint: str,
         sample_size: int,
         defaults: Defaults,
@@ -50,7 +48,7 @@ class SD15Denoiser:
         preview_map: LatentPreviewMap | None,
     ) -> None:
         self._unet = unet
-        self.noise_schedule = noise_schedule
+        self.sampling = sampling
         self.fingerprint = fingerprint
         self._sample_size = sample_size
         self._defaults = defaults
@@ -69,13 +67,11 @@ class SD15Denoiser:
         source = open_component(entry, entry.denoiser, "unet")
         dtype = resolve_dtype(entry.denoiser.dtype, device)
         unet = load_sd_unet(source.checkpoint, source.config, device=device, dtype=dtype)
-        scheduler_config = read_json(entry.paths[0] / "scheduler" / "scheduler_config.json")
-        noise_schedule = _noise_schedule(scheduler_config) if scheduler_config else NoiseSchedule()
         sample_size = int((source.config or {}).get("sample_size", _LATENT_SIZE_OF_SINGLE_FILES))
         text_config = read_json(entry.paths[0] / "text_encoder" / "config.json") or {}
         return cls(
             unet,
-            noise_schedule,
+            stable_diffusion_sampling(scheduler_config(entry)),
             source.checkpoint.fingerprint,
             sample_size,
             entry.defaults,
@@ -89,8 +85,8 @@ class SD15Denoiser:
             fingerprint=self.fingerprint,
             latent_channels=self._unet.params.in_channels,
             conditioning=[PROMPT_EMBEDS],
-            samplers=list(SAMPLERS),
-            schedules=list(SCHEDULES),
+            samplers=self.sampling.samplers,
+            schedules=list(self.sampling.schedules),
             default_steps=self._defaults.steps,
             default_guidance_scale=self._defaults.guidance_scale,
             default_latent_width=self._sample_size,
@@ -130,7 +126,7 @@ class SD15Denoiser:
         return prepared.to(device)
 
     def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[ContextKV]) -> Tensor:
-        """Epsilon of each row: latents [B, C, H, W] scaled to unit variance, timesteps [B]."""
+        """The prediction for each row: latents [B, C, H, W] scaled to unit variance, timesteps [B]."""
         return self._unet(latents.to(self.dtype), timesteps, stack_context(rows))
 
 
@@ -142,18 +138,3 @@ def _preview_map(entry: ModelEntry, latent_channels: int) -> LatentPreviewMap | 
     if named is None:
         raise CheckpointError(f"model {entry.name!r}: {entry.latent_preview} does not exist: correct latent_preview")
     return named
-
-
-def _noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """What a diffusers scheduler_config.json says of the training.
-
-    Raises:
-        CheckpointError: the model predicts something else than epsilon, or has other betas.
-    """
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise CheckpointError(f"scheduler_config.json: prediction_type is {prediction!r}; only 'epsilon' is served")
-    try:
-        return NoiseSchedule.from_config(config)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error

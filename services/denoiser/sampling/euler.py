@@ -10,5 +10,7 @@ def euler_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> 
 
     x, denoised: float32, the latent at `sigma` and the model's x0 prediction there. Written as an interpolation
     between the two, so that the step to sigma 0 returns `denoised` exactly.
+
+    It is a rectified flow's step too, x + (sigma_next - sigma) * velocity, where velocity = (x - denoised) / sigma.
     """
     return denoised + (sigma_next / sigma) * (x - denoised)

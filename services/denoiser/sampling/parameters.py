@@ -18,8 +18,13 @@ class Parameter:
     high: float
 
 
-def resolve_parameters(owner: str, declared: Mapping[str, Parameter], given: Mapping[str, float]) -> dict[str, float]:
-    """The given values over the defaults.
+def resolve_parameters(
+    owner: str,
+    declared: Mapping[str, Parameter],
+    given: Mapping[str, float],
+    of_model: Mapping[str, float] = NONE_GIVEN,
+) -> dict[str, float]:
+    """The given values over the model's own over the defaults.
 
     Raises ValueError, naming the owner, for an unknown name or a value out of range.
     """
@@ -30,4 +35,4 @@ def resolve_parameters(owner: str, declared: Mapping[str, Parameter], given: Map
         low, high = declared[name].low, declared[name].high
         if not low <= value <= high:
             raise ValueError(f"{owner}: {name} is {value}, must be in [{low:g}, {high:g}]")
-    return {name: parameter.default for name, parameter in declared.items()} | dict(given)
+    return {name: parameter.default for name, parameter in declared.items()} | {**of_model, **given}

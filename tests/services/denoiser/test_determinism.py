@@ -9,7 +9,7 @@ import torch
 
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, DETERMINISM_CLASS_ROUNDING
-from services.denoiser.sampling.sampler import SAMPLERS
+from services.denoiser.models.scheduler_config import STABLE_DIFFUSION_SAMPLERS
 from tests.support.running_denoiser import StartDenoiser, latents_of, relative_error
 from tests.support.stage_requests import denoise_request, exact, resumed, with_checkpoints
 
@@ -62,7 +62,7 @@ async def test_exact_requests_share_no_forward_pass(start: StartDenoiser) -> Non
     assert {event.progress.batch_size for events in together for event in events if event.HasField("progress")} == {1}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION_SAMPLERS)
 async def test_an_exact_request_resumed_elsewhere_at_any_step_ends_bit_for_bit_the_same(
     start: StartDenoiser, sampler: str
 ) -> None:

@@ -41,7 +41,7 @@ class Counting:
 
 def job(engine: DenoiserEngine, *, guided: bool, exact: bool = False) -> DenoiseJob:
     model = engine.models["tiny"]
-    plan = plan_sampling(model.noise_schedule, sampler="dpmpp_2m", schedule="karras", steps=4)
+    plan = plan_sampling(model.sampling, latent_shape=SHAPE, sampler="dpmpp_2m", schedule="karras", steps=4)
     noise = NoiseSource(1, (1, *SHAPE))
     prepared = engine.prepare("tiny", PromptConditioning(model.example_conditioning(), "conditioning", (4, 8, 8)))
     return DenoiseJob(

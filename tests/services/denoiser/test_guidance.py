@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.denoiser.guidance import classifier_free_guidance, guidance_rows
-from services.denoiser.sampling.prediction import denoised_from_epsilon
+from services.denoiser.sampling.variance_preserving import denoised_from_epsilon
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(0.0, 1), (1.0, 1), (1.01, 2), (7.5, 2)])

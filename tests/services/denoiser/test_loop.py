@@ -18,10 +18,10 @@ from services.denoiser.cost_curve import StepCosts
 from services.denoiser.job import BatchKey, DenoiseJob, StepDone
 from services.denoiser.loop import DenoiseLoop
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
 from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.state import SamplerState
 from services.denoiser.scheduler import SchedulerLimits, StepScheduler
+from tests.support.model_samplings import STABLE_DIFFUSION
 
 SHAPE = (1, 4, 2, 2)
 
@@ -78,7 +78,7 @@ async def running_loop(max_running: int = 4) -> AsyncIterator[Running]:
 
 
 def job(steps: int = 5, *, deadline: float | None = None, exact: bool = False) -> DenoiseJob:
-    plan = plan_sampling(NoiseSchedule(), sampler="euler", schedule="karras", steps=steps)
+    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], steps=steps)
     state = SamplerState(torch.zeros(SHAPE), 0, (), 1)
     return DenoiseJob("m", plan, NoiseSource(0, SHAPE), state, 1.0, None, None, deadline=deadline, exact=exact)
 

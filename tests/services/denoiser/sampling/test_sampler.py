@@ -7,16 +7,16 @@ from torch import Tensor
 from services.denoiser.sampling.ddim import ddim_step
 from services.denoiser.sampling.euler_ancestral import ancestral_sigmas, euler_ancestral_step
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.sampler import (
     SAMPLERS,
-    SamplingPlan,
     advance,
     initial_state,
     is_done,
 )
 from services.denoiser.sampling.state import SamplerState, state_from_bytes, state_to_bytes
+from tests.support.model_samplings import STABLE_DIFFUSION
 
 SEED, STEPS = 3, 6
 IMAGE, VIDEO = (1, 4, 8, 8), (1, 16, 3, 4, 4)
@@ -26,7 +26,12 @@ def plan_for(sampler: str) -> SamplingPlan:
     """Six steps; eta 0.7 where the sampler has one."""
     parameters = dict.fromkeys(SAMPLERS[sampler].parameters, 0.7)
     return plan_sampling(
-        NoiseSchedule(), sampler=sampler, schedule="karras", steps=STEPS, sampler_parameters=parameters
+        STABLE_DIFFUSION,
+        latent_shape=IMAGE[1:],
+        sampler=sampler,
+        schedule="karras",
+        steps=STEPS,
+        sampler_parameters=parameters,
     )
 
 
@@ -42,11 +47,11 @@ def run(plan: SamplingPlan, state: SamplerState, source: NoiseSource, until: int
 
 
 def start(plan: SamplingPlan, shape: tuple[int, ...]) -> SamplerState:
-    return initial_state(plan, NoiseSource(SEED, shape).draw(0))
+    return initial_state(plan.sigmas[0] * NoiseSource(SEED, shape).draw(0))
 
 
 @pytest.mark.parametrize("shape", [IMAGE, VIDEO])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 @pytest.mark.parametrize("interrupted_at", range(STEPS + 1))
 def test_a_request_resumed_elsewhere_ends_bit_for_bit_the_same(
     sampler: str, interrupted_at: int, shape: tuple[int, ...]
@@ -62,7 +67,7 @@ def test_a_request_resumed_elsewhere_ends_bit_for_bit_the_same(
     assert state_to_bytes(resumed) == state_to_bytes(expected)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 def test_advance_leaves_the_state_it_was_given(sampler: str) -> None:
     plan, source = plan_for(sampler), NoiseSource(SEED, IMAGE)
     state = run(plan, start(plan, IMAGE), source, 2)
@@ -71,7 +76,7 @@ def test_advance_leaves_the_state_it_was_given(sampler: str) -> None:
     assert state_to_bytes(state) == before
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 def test_the_last_step_returns_the_denoised_latents(sampler: str) -> None:
     plan, source = plan_for(sampler), NoiseSource(SEED, IMAGE)
     state = run(plan, start(plan, IMAGE), source, STEPS - 1)
@@ -79,7 +84,7 @@ def test_the_last_step_returns_the_denoised_latents(sampler: str) -> None:
     assert torch.equal(advance(plan, state, denoised, source).latents, denoised)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 def test_a_perfect_denoiser_is_never_left(sampler: str) -> None:
     """If the model always knows x0, every sampler stays at x0 + sigma * (unit variance) and ends at x0."""
     clean = torch.linspace(-1, 1, 256).reshape(IMAGE)
@@ -120,9 +125,11 @@ def test_second_order_beats_first_order() -> None:
     """For data ~ N(0, 1) the exact denoiser is x / (1 + sigma^2); the ODE ends at x_max / sqrt(1 + sigma_max^2)."""
 
     def error(sampler: str) -> float:
-        plan = plan_sampling(NoiseSchedule(), sampler=sampler, schedule="exponential", steps=20)
+        plan = plan_sampling(
+            STABLE_DIFFUSION, latent_shape=IMAGE[1:], sampler=sampler, schedule="exponential", steps=20
+        )
         noise, source = NoiseSource(SEED, IMAGE).draw(0), NoiseSource(SEED, IMAGE)
-        state = initial_state(plan, noise)
+        state = initial_state(plan.sigmas[0] * noise)
         while not is_done(plan, state):
             sigma = plan.sigmas[state.step_index]
             state = advance(plan, state, state.latents / (1 + sigma**2), source)

@@ -15,17 +15,16 @@ from diffusers import (
 from torch import Tensor
 
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
-from services.denoiser.sampling.prediction import denoised_from_epsilon, scale_model_input
-from services.denoiser.sampling.sampler import SamplingPlan, advance, initial_state, is_done
-from services.denoiser.sampling.schedules import SCHEDULES
+from services.denoiser.sampling.sampler import advance, initial_state, is_done
+from tests.support.model_samplings import STABLE_DIFFUSION
 
 # diffusers turns tensors into arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 Scheduler: TypeAlias = Any  # diffusers is not typed
-NOISE = NoiseSchedule()
+NOISE = STABLE_DIFFUSION.noise
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SEED, SHAPE = 11, (1, 4, 8, 8)
 STEP_COUNTS = [1, 2, 5, 20, 50]
@@ -39,12 +38,12 @@ def toy_epsilon(x_in: Tensor, timestep: float) -> Tensor:
 def our_trajectory(plan: SamplingPlan) -> list[Tensor]:
     """The latents after each step, [1, C, H, W] in variance-exploding space."""
     source = NoiseSource(SEED, SHAPE)
-    state = initial_state(plan, source.draw(0))
+    state = initial_state(NOISE.pure_noise(source.draw(0), plan.sigmas[0]))
     trajectory = []
     while not is_done(plan, state):
         x, i = state.latents, state.step_index
-        epsilon = toy_epsilon(scale_model_input(x, plan.sigmas[i]), plan.timesteps[i])
-        state = advance(plan, state, denoised_from_epsilon(x, epsilon, plan.sigmas[i]), source)
+        epsilon = toy_epsilon(NOISE.model_input(x, plan.sigmas[i]), plan.timesteps[i])
+        state = advance(plan, state, NOISE.denoised(x, epsilon, plan.sigmas[i]), source)
         trajectory.append(state.latents)
     return trajectory
 
@@ -86,26 +85,28 @@ def assert_same_trajectory(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert max(errors) <= 1e-5, errors
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 def test_euler_equals_diffusers(schedule: str, steps: int) -> None:
-    plan = plan_sampling(NOISE, sampler="euler", schedule=schedule, steps=steps)
+    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="euler", schedule=schedule, steps=steps)
     scheduler = with_noise_levels_of(plan, EulerDiscreteScheduler(**BETAS))
     assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_exploding))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 def test_euler_ancestral_equals_diffusers(schedule: str, steps: int) -> None:
-    plan = plan_sampling(NOISE, sampler="euler_ancestral", schedule=schedule, steps=steps)
+    plan = plan_sampling(
+        STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="euler_ancestral", schedule=schedule, steps=steps
+    )
     scheduler = with_noise_levels_of(plan, EulerAncestralDiscreteScheduler(**BETAS))
     assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_exploding))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 def test_dpmpp_2m_equals_diffusers(schedule: str, steps: int) -> None:
-    plan = plan_sampling(NOISE, sampler="dpmpp_2m", schedule=schedule, steps=steps)
+    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="dpmpp_2m", schedule=schedule, steps=steps)
     scheduler = with_noise_levels_of(plan, DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="zero"))
     assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_preserving))
 
@@ -117,5 +118,6 @@ def test_ddim_equals_diffusers_on_its_own_timesteps(eta: float, spacing: str, st
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.numpy().astype(np.float64)
-    plan = SamplingPlan("ddim", (*NOISE.sigmas_at(timesteps).tolist(), 0.0), tuple(timesteps.tolist()), {"eta": eta})
+    sigmas = (*NOISE.sigmas_at(timesteps).tolist(), 0.0)
+    plan = SamplingPlan("ddim", sigmas, (1.0,) * len(sigmas), tuple(timesteps.tolist()), {"eta": eta})
     assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_preserving, eta=eta))

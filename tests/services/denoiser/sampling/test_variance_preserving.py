@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.denoiser.sampling.noise_schedule import NoiseSchedule
+from services.denoiser.sampling.variance_preserving import VariancePreserving
 
-NOISE = NoiseSchedule()
+NOISE = VariancePreserving()
 SD15_CONFIG: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -49,8 +49,8 @@ def test_sigmas_outside_the_trained_range_clamp_to_its_ends() -> None:
 
 def test_a_scheduler_config_names_the_betas() -> None:
     config = SD15_CONFIG | {"beta_end": 0.02, "num_train_timesteps": 500}
-    assert NoiseSchedule.from_config(SD15_CONFIG) == NOISE
-    assert NoiseSchedule.from_config(config) == NoiseSchedule(beta_end=0.02, num_train_timesteps=500)
+    assert VariancePreserving.from_config(SD15_CONFIG) == NOISE
+    assert VariancePreserving.from_config(config) == VariancePreserving(beta_end=0.02, num_train_timesteps=500)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_scheduler_config_names_the_betas() -> None:
 )
 def test_a_config_with_other_betas_is_refused_by_key(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):
-        NoiseSchedule.from_config(SD15_CONFIG | {key: value})
+        VariancePreserving.from_config(SD15_CONFIG | {key: value})
 
 
 def test_a_config_without_beta_schedule_means_linear_and_is_refused() -> None:
     config = {key: value for key, value in SD15_CONFIG.items() if key != "beta_schedule"}
     with pytest.raises(ValueError, match="'linear'"):
-        NoiseSchedule.from_config(config)
+        VariancePreserving.from_config(config)
