@@ -8,6 +8,7 @@ on their device and in their dtype, so that RAM never holds the weights twice. P
 import hashlib
 import json
 from collections.abc import Collection, Iterator, KeysView, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,32 @@ _SAMPLE_BYTES = 4096
 _NAMED_KEYS = 3
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a checkpoint's tensor, where the layout has one tensor and the module several.
+
+    Args:
+        name: of the tensor.
+        index: of the part.
+        parts: equal ones along dimension 0.
+        transposed: the matrix of it is meant.
+    """
+
+    name: str
+    index: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part: a view of the whole tensor."""
+        part = torch.atleast_1d(tensor).tensor_split(self.parts)[self.index]
+        return part.movedim(0, -1) if self.transposed else part
+
+
+Source = str | Piece
+"""What a module's tensor is made of: a tensor of the checkpoint by its name, or a piece of one."""
 
 
 class Checkpoint:
@@ -94,7 +121,7 @@ def open_checkpoint(path: Path | Sequence[Path]) -> Checkpoint:
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
-    sources: Mapping[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[Source, ...]],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -103,8 +130,8 @@ def load_weights(
 ) -> None:
     """Fills `module`, built on the meta device, with tensors of `checkpoint` on `device` in `dtype`.
 
-    `sources` says of which checkpoint tensors each of the module's own is made; several are joined on dimension 0
-    (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a linear layer.
+    `sources` says of which checkpoint tensors, or pieces of them, each of the module's own is made; several are joined
+    on dimension 0 (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a linear layer.
     A tensor that is on `device` in `dtype` already stays the mapped file. Names under `prefix` belong to this module:
     one that is neither used nor `ignored` on purpose is an error.
 
@@ -115,7 +142,7 @@ def load_weights(
         raise ValueError(f"sources and module differ in {sorted(targets.keys() ^ sources.keys())[:_NAMED_KEYS]}")
     _check_fit(targets, checkpoint, sources, prefix, ignored, type(module).__name__)
     state = {
-        name: _assemble([checkpoint.tensor(source) for source in sources[name]], target.shape, device, dtype)
+        name: _assemble([_tensor(checkpoint, source) for source in sources[name]], target.shape, device, dtype)
         for name, target in targets.items()
     }
     module.load_state_dict(state, assign=True)
@@ -187,27 +214,44 @@ def _sample(tensor: Tensor) -> bytes:
 def _check_fit(
     targets: Mapping[str, Tensor],
     checkpoint: Checkpoint,
-    sources: Mapping[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[Source, ...]],
     prefix: str,
     ignored: Collection[str],
     module_name: str,
 ) -> None:
     """Raises one CheckpointError for every name that is missing, unexpected or mis-shaped."""
-    used = set(chain.from_iterable(sources.values()))
+    used = set(map(_name, chain.from_iterable(sources.values())))
     missing = sorted(used - checkpoint.keys())
     unexpected = sorted(
         name for name in checkpoint if name.startswith(prefix) and name not in used and name not in ignored
     )
     misshaped = [
-        f"{' + '.join(names)} ({[list(checkpoint.shape(name)) for name in names]} instead of {list(target.shape)})"
-        for target, names in ((targets[own], names) for own, names in sources.items())
-        if checkpoint.keys() >= set(names)
-        and not _fits([checkpoint.shape(name) for name in names], tuple(target.shape))
+        f"{' + '.join(map(_name, parts))} ({[list(_shape(checkpoint, part)) for part in parts]} "
+        f"instead of {list(targets[own].shape)})"
+        for own, parts in sources.items()
+        if checkpoint.keys() >= set(map(_name, parts))
+        and not _fits([_shape(checkpoint, part) for part in parts], tuple(targets[own].shape))
     ]
     faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     report = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
     if report:
         raise CheckpointError(f"{checkpoint} does not fit {module_name}: {report}")
+
+
+def _name(source: Source) -> str:
+    return source if isinstance(source, str) else source.name
+
+
+def _shape(checkpoint: Checkpoint, source: Source) -> Shape:
+    """The shape of a source, without its bytes."""
+    shape = checkpoint.shape(_name(source))
+    return shape if isinstance(source, str) else tuple(source.of(torch.empty(shape, device="meta")).shape)
+
+
+def _tensor(checkpoint: Checkpoint, source: Source) -> Tensor:
+    """A source, as a view of the mapped file."""
+    tensor = checkpoint.tensor(_name(source))
+    return tensor if isinstance(source, str) else source.of(tensor)
 
 
 def _fits(shapes: Sequence[Shape], target: Shape) -> bool:

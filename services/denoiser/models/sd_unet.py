@@ -1,9 +1,10 @@
-"""The denoiser of Stable Diffusion 1.x: a UNet that is told of time and text (Rombach et al. 2022, arXiv 2112.10752).
+"""The denoiser of Stable Diffusion 1.x and SDXL: a UNet that is told of time and text, and SDXL's of sizes too.
 
-Reference code: CompVis/stable-diffusion `ldm/modules/diffusionmodules/openaimodel.py`.
+Papers: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; Podell et al. 2023, https://arxiv.org/abs/2307.01952.
+Reference code: `sgm/modules/diffusionmodules/openaimodel.py` of Stability-AI/generative-models.
 
 Shapes: B batch, C channels, h and w latent height and width (an eighth of the picture's), T time features (4 * C of the
-finest level), L tokens of the text, D width of the text's features.
+finest level), L tokens of the text, D width of the text's features, A width of what is added to the time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,20 +37,22 @@ def stack_context(rows: Sequence[ContextKV]) -> ContextKV:
 
 
 class Block(TensorModule):
-    """A residual block and, where the level attends, a transformer."""
+    """A residual block and, unless it has no layers, a transformer."""
 
-    def __init__(self, width_in: int, level: int, params: SDUNetParams, *, attends: bool) -> None:
+    def __init__(self, width_in: int, level: int, params: SDUNetParams, *, layers: int) -> None:
         super().__init__()
         width, groups = params.widths[level], params.norm_groups
         self.res = ResBlock(width_in, width, params.time_width, groups)
         self.transformer = (
-            SpatialTransformer(width, params.cross_attention_dim, params.heads[level], groups) if attends else None
+            SpatialTransformer(width, params.cross_attention_dim, params.heads[level], groups, layers)
+            if layers
+            else None
         )
 
     def forward(self, x: Tensor, time: Tensor, context_kv: Iterator[Tensor]) -> Tensor:
         """x: [B, C_in, h, w], time: [B, T], context_kv: yields [B, L, 2*C] to each transformer -> [B, C, h, w]."""
         h = self.res(x, time)
-        return h if self.transformer is None else self.transformer(h, next(context_kv))
+        return h if self.transformer is None else self.transformer(h, context_kv)
 
 
 class DownLevel(nn.Module):
@@ -57,9 +60,9 @@ class DownLevel(nn.Module):
 
     def __init__(self, width_in: int, level: int, params: SDUNetParams) -> None:
         super().__init__()
-        width, attends = params.widths[level], params.attention[level]
+        width, layers = params.widths[level], params.layers[level]
         widths_in = [width_in] + [width] * (params.blocks_per_level - 1)
-        self.blocks = nn.ModuleList(Block(block_in, level, params, attends=attends) for block_in in widths_in)
+        self.blocks = nn.ModuleList(Block(block_in, level, params, layers=layers) for block_in in widths_in)
         self.downsample = Downsample(width) if level + 1 < len(params.widths) else None
 
     def forward(self, x: Tensor, time: Tensor, context_kv: Iterator[Tensor]) -> list[Tensor]:
@@ -77,10 +80,10 @@ class UpLevel(TensorModule):
 
     def __init__(self, width_in: int, skip_widths: Sequence[int], level: int, params: SDUNetParams) -> None:
         super().__init__()
-        width, attends = params.widths[level], params.attention[level]
+        width, layers = params.widths[level], params.layers[level]
         widths_in = [width_in] + [width] * (len(skip_widths) - 1)
         self.blocks = nn.ModuleList(
-            Block(block_in + skip, level, params, attends=attends)
+            Block(block_in + skip, level, params, layers=layers)
             for block_in, skip in zip(widths_in, skip_widths, strict=True)
         )
         self.upsample = Upsample(width) if level > 0 else None
@@ -99,14 +102,13 @@ class SDUNet(TensorModule):
         super().__init__()
         widths, base, coarsest = params.widths, params.widths[0], len(params.widths) - 1
         self.params = params
-        self.time = nn.Sequential(
-            Linear(base, params.time_width), nn.SiLU(), Linear(params.time_width, params.time_width), nn.SiLU()
-        )
+        self.time = _embedding(base, params.time_width)
+        self.added = _embedding(params.added_width, params.time_width) if params.added_width else None
         self.conv_in = Conv2d(params.in_channels, base, 3, padding=1)
         self.down = nn.ModuleList(
             DownLevel(width_in, level, params) for level, width_in in enumerate((base, *widths[:-1]))
         )
-        self.middle_in = Block(widths[-1], coarsest, params, attends=True)
+        self.middle_in = Block(widths[-1], coarsest, params, layers=params.middle_layers)
         self.middle_out = ResBlock(widths[-1], widths[-1], params.time_width, params.norm_groups)
         skips = _skip_widths(params)
         self.up = nn.ModuleList(
@@ -120,9 +122,23 @@ class SDUNet(TensorModule):
         """The keys and values of every cross-attention, computed once a request. context: [B, L, D] -> [B, L, K]."""
         return torch.cat([module.to_kv(context) for module in self._cross_attentions()], dim=-1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context_kv: ContextKV) -> Tensor:
-        """latents: [B, C, h, w], timesteps: [B] in 0..999, fractions allowed, context_kv: [B, L, K] -> [B, C, h, w]."""
+    def embed_added(self, added: Tensor) -> Tensor:
+        """What a model of added conditioning adds to the time, computed once a request. added: [B, A] -> [B, T]."""
+        assert self.added is not None
+        embedded: Tensor = self.added(added)
+        return embedded
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context_kv: ContextKV, added: Tensor | None = None) -> Tensor:
+        """The noise [B, C, h, w].
+
+        Args:
+            latents: [B, C, h, w], scaled to unit variance.
+            timesteps: [B] in 0..999, fractions allowed.
+            context_kv: [B, L, K] of `project_context`.
+            added: [B, T] of `embed_added`; None for a model that takes none.
+        """
         time = self.time(time_features(timesteps, self.params.widths[0]).to(latents.dtype))
+        time = F.silu(time if added is None else time + added)
         kv = iter(torch.split(context_kv, [module.to_kv.out_features for module in self._cross_attentions()], dim=-1))
         h = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -159,6 +175,11 @@ def load_sd_unet(
     load_weights(unet, checkpoint, sources, device=device, dtype=dtype, prefix=prefix)
     pack_weights(unet)
     return unet.eval()
+
+
+def _embedding(width_in: int, width: int) -> nn.Sequential:
+    """Features of a number or of a text, to be added to each other: [B, width_in] -> [B, width]."""
+    return nn.Sequential(Linear(width_in, width), nn.SiLU(), Linear(width, width))
 
 
 def _skip_widths(params: SDUNetParams) -> list[int]:

@@ -14,6 +14,8 @@ Sources = dict[str, tuple[str, ...]]
 _LDM_ENDS = {
     "time.0": "time_embed.0",
     "time.2": "time_embed.2",
+    "added.0": "label_emb.0.0",
+    "added.2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "norm_out": "out.0",
     "conv_out": "out.2",
@@ -29,6 +31,8 @@ _LDM_RES_BLOCK = {
 _DIFFUSERS_ENDS = {
     "time.0": "time_embedding.linear_1",
     "time.2": "time_embedding.linear_2",
+    "added.0": "add_embedding.linear_1",
+    "added.2": "add_embedding.linear_2",
     "conv_in": "conv_in",
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
@@ -42,20 +46,18 @@ _DIFFUSERS_RES_BLOCK = {
     "skip": "conv_shortcut",
 }
 # Both layouts call a transformer's layers alike. Where we name several of theirs, they are joined on dimension 0.
-_TRANSFORMER: Sources = {
-    "norm": ("norm",),
-    "proj_in": ("proj_in",),
-    "proj_out": ("proj_out",),
-    "block.norm1": ("transformer_blocks.0.norm1",),
-    "block.self_attention.to_qkv": tuple(f"transformer_blocks.0.attn1.to_{part}" for part in "qkv"),
-    "block.self_attention.to_out": ("transformer_blocks.0.attn1.to_out.0",),
-    "block.norm2": ("transformer_blocks.0.norm2",),
-    "block.cross_attention.to_q": ("transformer_blocks.0.attn2.to_q",),
-    "block.cross_attention.to_kv": tuple(f"transformer_blocks.0.attn2.to_{part}" for part in "kv"),
-    "block.cross_attention.to_out": ("transformer_blocks.0.attn2.to_out.0",),
-    "block.norm3": ("transformer_blocks.0.norm3",),
-    "block.mlp.proj": ("transformer_blocks.0.ff.net.0.proj",),
-    "block.mlp.to_out": ("transformer_blocks.0.ff.net.2",),
+_TRANSFORMER: Sources = {"norm": ("norm",), "proj_in": ("proj_in",), "proj_out": ("proj_out",)}
+_TRANSFORMER_BLOCK: Sources = {
+    "norm1": ("norm1",),
+    "self_attention.to_qkv": tuple(f"attn1.to_{part}" for part in "qkv"),
+    "self_attention.to_out": ("attn1.to_out.0",),
+    "norm2": ("norm2",),
+    "cross_attention.to_q": ("attn2.to_q",),
+    "cross_attention.to_kv": tuple(f"attn2.to_{part}" for part in "kv"),
+    "cross_attention.to_out": ("attn2.to_out.0",),
+    "norm3": ("norm3",),
+    "mlp.proj": ("ff.net.0.proj",),
+    "mlp.to_out": ("ff.net.2",),
 }
 
 
@@ -68,21 +70,29 @@ def ldm_sources(names: Collection[str], params: SDUNetParams) -> Sources:
     """For each of the UNet's tensor names, the names in the original single file that make it."""
     places = {ours: f"{LDM_PREFIX}{theirs}" for ours, theirs in _ldm_places(params).items()}
     layers = {ours: f"{LDM_PREFIX}{theirs}" for ours, theirs in (_LDM_ENDS | _ldm_resamplers(params)).items()}
-    return _sources(names, layers, places, _LDM_RES_BLOCK)
+    return _sources(names, layers, places, _in_block(_LDM_RES_BLOCK, params))
 
 
 def diffusers_sources(names: Collection[str], params: SDUNetParams) -> Sources:
     """For each of the UNet's tensor names, the names in diffusers' `unet` folder that make it."""
     layers = _DIFFUSERS_ENDS | _diffusers_resamplers(params)
-    return _sources(names, layers, _diffusers_places(params), _DIFFUSERS_RES_BLOCK)
+    return _sources(names, layers, _diffusers_places(params), _in_block(_DIFFUSERS_RES_BLOCK, params))
+
+
+def _in_block(res_block: Mapping[str, str], params: SDUNetParams) -> Sources:
+    """The layers of a residual block and of a transformer as deep as they come, under their names in the block."""
+    layers: Sources = {**{ours: (theirs,) for ours, theirs in res_block.items()}, **_TRANSFORMER}
+    for index in range(max(*params.layers, params.middle_layers)):
+        for ours, theirs in _TRANSFORMER_BLOCK.items():
+            layers[f"blocks.{index}.{ours}"] = tuple(f"transformer_blocks.{index}.{layer}" for layer in theirs)
+    return layers
 
 
 def _sources(
-    names: Collection[str], layers: Mapping[str, str], places: Mapping[str, str], res_block: Mapping[str, str]
+    names: Collection[str], layers: Mapping[str, str], places: Mapping[str, str], in_block: Sources
 ) -> Sources:
     """Joins single layers with the layers of the blocks at `places`, and keeps what is among `names`."""
     found: Sources = {ours: (theirs,) for ours, theirs in layers.items()}
-    in_block: Sources = {**{ours: (theirs,) for ours, theirs in res_block.items()}, **_TRANSFORMER}
     for our_place, their_place in places.items():
         for ours, theirs in in_block.items():
             found[f"{our_place}.{ours}"] = tuple(f"{their_place}.{layer}" for layer in theirs)
@@ -115,9 +125,9 @@ def _ldm_resamplers(params: SDUNetParams) -> dict[str, str]:
     """The convolutions between the levels: a stage of their own on the way down, the last of a stage on the way up."""
     layers = {}
     period = params.blocks_per_level + 1
-    for level, attends in enumerate(reversed(params.attention)):
+    for level, depth in enumerate(reversed(params.layers)):
         layers[f"down.{level}.downsample.conv"] = f"input_blocks.{(level + 1) * period}.0.op"
-        layers[f"up.{level}.upsample.conv"] = f"output_blocks.{(level + 1) * period - 1}.{1 + attends}.conv"
+        layers[f"up.{level}.upsample.conv"] = f"output_blocks.{(level + 1) * period - 1}.{1 + bool(depth)}.conv"
     return layers
 
 

@@ -1,8 +1,9 @@
-"""The dimensions of a Stable Diffusion 1.x UNet: from diffusers' config.json or from a single file's shapes."""
+"""The dimensions of a Stable Diffusion UNet, 1.x or XL: from diffusers' config.json or from a single file's shapes."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 from services.modeling.weights import Checkpoint, CheckpointError
@@ -10,9 +11,17 @@ from services.modeling.weights import Checkpoint, CheckpointError
 LDM_PREFIX = "model.diffusion_model."
 _INPUT_STAGE = re.compile(re.escape(LDM_PREFIX) + r"input_blocks\.(\d+)\.")
 
-# Shapes don't show these two; every Stable Diffusion 1.x has them so.
+# Shapes don't show these; every Stable Diffusion 1.x, or every SDXL, has them so.
 _SD1_HEADS = 8
-_SD1_NORM_GROUPS = 32
+_SDXL_HEAD_WIDTH = 64
+_SDXL_SIZE_WIDTH = 256
+_NORM_GROUPS = 32
+
+SIZES = 6
+"""Numbers that SDXL is told of a picture's sizes: height and width of the original, crop from top and left, height and
+width of the target (Podell et al. 2023, section 2.2)."""
+
+_LDM_ADDED = "label_emb.0.0.weight"  # of SDXL only
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -27,6 +36,10 @@ _READ_OPTIONS = {
     "attention_head_dim",
     "cross_attention_dim",
     "norm_num_groups",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 }
 # They change nothing that is computed (a linear projection is a 1x1 convolution); neither do names with an underscore.
 _NEUTRAL_OPTIONS = {"dropout", "sample_size", "use_linear_projection"}
@@ -46,27 +59,46 @@ _FIXED_OPTIONS: Mapping[str, Any] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDUNetParams:
-    """What tells one UNet of this architecture from another. The tuples run from the finest level to the coarsest."""
+    """What tells one UNet of this architecture from another. The tuples run from the finest level to the coarsest.
+
+    in_channels, out_channels: of the latent.
+    widths: channels.
+    blocks_per_level: residual blocks on the way down; there is one more on the way up.
+    layers: transformer layers of each block; 0: the level has no transformers.
+    middle_layers: those of the middle, which always has a transformer.
+    heads: of each attention.
+    cross_attention_dim: width of the text's features.
+    norm_groups: of each GroupNorm.
+    pooled_width: of the whole text's features, which are added to the time's; 0: nothing is added.
+    size_width: of the features of each of the `SIZES`, which are added with them.
+    """
 
     in_channels: int
     out_channels: int
     widths: tuple[int, ...]
     blocks_per_level: int
-    attention: tuple[bool, ...]  # whether the level has transformers; the middle always has one
+    layers: tuple[int, ...]
+    middle_layers: int
     heads: tuple[int, ...]
     cross_attention_dim: int
     norm_groups: int
+    pooled_width: int = 0
+    size_width: int = 0
 
     @property
     def time_width(self) -> int:
         """Channels of the time features."""
         return 4 * self.widths[0]
+
+    @property
+    def added_width(self) -> int:
+        """Width of what is added to the time features: the pooled text and the sizes; 0: nothing is."""
+        return self.pooled_width + SIZES * self.size_width
 
 
 def params_from_config(config: Mapping[str, Any]) -> SDUNetParams:
@@ -85,15 +117,21 @@ def params_from_ldm(checkpoint: Checkpoint) -> SDUNetParams:
     downs = sorted(stage for stage in stages if _ldm(f"input_blocks.{stage}.0.op.weight") in checkpoint)
     period = downs[0] if downs else len(stages)  # stage 0 is the first convolution, every period-th one a downsampling
     firsts = [1 + level * period for level in range(len(downs) + 1)]
+    widths = tuple(_ldm_shape(checkpoint, f"input_blocks.{first}.0.in_layers.2.weight")[0] for first in firsts)
+    is_xl = _ldm(_LDM_ADDED) in checkpoint
+    size_width = _SDXL_SIZE_WIDTH if is_xl else 0
     return SDUNetParams(
         in_channels=_ldm_shape(checkpoint, "input_blocks.0.0.weight")[1],
         out_channels=_ldm_shape(checkpoint, "out.2.weight")[0],
-        widths=tuple(_ldm_shape(checkpoint, f"input_blocks.{first}.0.in_layers.2.weight")[0] for first in firsts),
+        widths=widths,
         blocks_per_level=period - 1,
-        attention=tuple(_ldm(f"input_blocks.{first}.1.proj_in.weight") in checkpoint for first in firsts),
-        heads=(_SD1_HEADS,) * len(firsts),
+        layers=tuple(_ldm_layers(checkpoint, f"input_blocks.{first}.1") for first in firsts),
+        middle_layers=_ldm_layers(checkpoint, "middle_block.1"),
+        heads=tuple(width // _SDXL_HEAD_WIDTH if is_xl else _SD1_HEADS for width in widths),
         cross_attention_dim=_ldm_shape(checkpoint, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        norm_groups=_SD1_NORM_GROUPS,
+        norm_groups=_NORM_GROUPS,
+        pooled_width=_ldm_shape(checkpoint, _LDM_ADDED)[1] - SIZES * size_width if is_xl else 0,
+        size_width=size_width,
     )
 
 
@@ -103,25 +141,38 @@ def _check_option(option: str, value: Any) -> None:
         return
     expected = _FIXED_OPTIONS.get(option)
     if value != expected and not (expected is None and value is False):
-        raise CheckpointError(f"the UNet's config sets {option}={value!r}, which Stable Diffusion 1.x doesn't have")
+        raise CheckpointError(f"the UNet's config sets {option}={value!r}, which Stable Diffusion doesn't have")
 
 
 def _read_config(config: Mapping[str, Any]) -> SDUNetParams:
     widths = tuple(config["block_out_channels"])
-    attention = _attending_levels(config)
-    heads = config["attention_head_dim"]  # diffusers' name for the number of heads in this architecture
+    layers = _per_level(config, "transformer_layers_per_block", 1)
+    size_width = config.get("addition_time_embed_dim") or 0
     params = SDUNetParams(
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
         widths=widths,
         blocks_per_level=config["layers_per_block"],
-        attention=attention,
-        heads=(heads,) * len(widths) if isinstance(heads, int) else tuple(heads),
+        layers=tuple(depth if attends else 0 for depth, attends in zip(layers, _attending_levels(config), strict=True)),
+        middle_layers=layers[-1],
+        heads=_per_level(config, "attention_head_dim"),  # diffusers' name for the number of heads in this architecture
         cross_attention_dim=config["cross_attention_dim"],
         norm_groups=config["norm_num_groups"],
+        pooled_width=(config.get("projection_class_embeddings_input_dim") or 0) - SIZES * size_width,
+        size_width=size_width,
     )
+    _check_added(config, params)
     _check_params(params)
     return params
+
+
+def _per_level(config: Mapping[str, Any], option: str, default: int | None = None) -> tuple[int, ...]:
+    """An option that is one whole number for all levels, or a list of one for each."""
+    value, levels = config[option] if default is None else config.get(option, default), config["block_out_channels"]
+    values = (value,) * len(levels) if isinstance(value, int) else tuple(value)
+    if len(values) != len(levels) or not all(isinstance(each, int) for each in values):
+        raise CheckpointError(f"the UNet's config sets {option}={value!r}; it needs a whole number for each level")
+    return values
 
 
 def _attending_levels(config: Mapping[str, Any]) -> tuple[bool, ...]:
@@ -132,7 +183,23 @@ def _attending_levels(config: Mapping[str, Any]) -> tuple[bool, ...]:
     down = tuple(_DOWN_BLOCKS[block] for block in config["down_block_types"])
     if down != tuple(_UP_BLOCKS[block] for block in reversed(config["up_block_types"])):
         raise CheckpointError("the UNet's config sets up_block_types that don't mirror its down_block_types")
+    if len(down) != len(config["block_out_channels"]):
+        levels = len(config["block_out_channels"])
+        raise CheckpointError(f"the UNet's config has down_block_types for {len(down)} of {levels} levels")
     return down
+
+
+def _check_added(config: Mapping[str, Any], params: SDUNetParams) -> None:
+    """Raises CheckpointError unless what is added to the time is nothing, or SDXL's pooled text and sizes."""
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise CheckpointError(f"the UNet's config sets addition_embed_type={added!r}; only 'text_time' is known")
+    widths = (params.pooled_width, params.size_width)
+    if widths != (0, 0) if added is None else min(widths) <= 0:
+        raise CheckpointError(
+            f"the UNet's config sets addition_embed_type={added!r} with widths that do not belong to it: "
+            "addition_time_embed_dim, projection_class_embeddings_input_dim"
+        )
 
 
 def _check_params(params: SDUNetParams) -> None:
@@ -144,17 +211,20 @@ def _check_params(params: SDUNetParams) -> None:
     ):
         if not isinstance(value, int):
             raise CheckpointError(f"the UNet's config sets {option}={value!r}; only one whole number is known")
-    for option, per_level in (("down_block_types", params.attention), ("attention_head_dim", params.heads)):
-        if len(per_level) != len(params.widths):
-            raise CheckpointError(f"the UNet's config has {option} for {len(per_level)} of {len(params.widths)} levels")
 
 
 def _ldm(name: str) -> str:
     return f"{LDM_PREFIX}{name}"
 
 
+def _ldm_layers(checkpoint: Checkpoint, transformer: str) -> int:
+    """Layers of a transformer; 0 where there is none."""
+    names = (_ldm(f"{transformer}.transformer_blocks.{index}.norm1.weight") for index in count())
+    return len(list(takewhile(checkpoint.__contains__, names)))
+
+
 def _ldm_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """The shape of a tensor that every single file of this architecture has."""
     if _ldm(name) not in checkpoint:
-        raise CheckpointError(f"{checkpoint} lacks {_ldm(name)}; it isn't a whole Stable Diffusion 1.x UNet")
+        raise CheckpointError(f"{checkpoint} lacks {_ldm(name)}; it isn't a whole Stable Diffusion UNet")
     return checkpoint.shape(_ldm(name))

@@ -7,6 +7,7 @@ A picture `x` is [B, C, H, W] in channels-last memory, so that its tokens [B, H*
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -102,18 +103,20 @@ class TransformerBlock(TensorModule):
 
 
 class SpatialTransformer(TensorModule):
-    """A transformer block over the positions of the picture, between two linear maps and a residual."""
+    """Transformer blocks over the positions of the picture, between two linear maps and a residual."""
 
-    def __init__(self, width: int, context_width: int, heads: int, norm_groups: int) -> None:
+    def __init__(self, width: int, context_width: int, heads: int, norm_groups: int, layers: int) -> None:
         super().__init__()
         self.norm = GroupNorm(norm_groups, width, eps=ATTENTION_NORM_EPS)
         self.proj_in = Linear(width, width)
-        self.block = TransformerBlock(width, context_width, heads)
+        self.blocks = nn.ModuleList(TransformerBlock(width, context_width, heads) for _ in range(layers))
         self.proj_out = Linear(width, width)
 
-    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
-        """x: [B, C, H, W], context_kv: [B, L, 2*C] -> [B, C, H, W]."""
-        tokens = self.block(self.proj_in(to_tokens(self.norm(x))), context_kv)
+    def forward(self, x: Tensor, context_kv: Iterator[Tensor]) -> Tensor:
+        """x: [B, C, H, W], context_kv: yields [B, L, 2*C] to each block -> [B, C, H, W]."""
+        tokens = self.proj_in(to_tokens(self.norm(x)))
+        for block in self.blocks:
+            tokens = block(tokens, next(context_kv))
         return to_picture(self.proj_out(tokens, residual=to_tokens(x)), x.shape[-2:])
 
 

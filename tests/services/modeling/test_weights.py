@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from services.modeling.weights import Checkpoint, CheckpointError, load_weights, open_checkpoint
+from services.modeling.weights import Checkpoint, CheckpointError, Piece, load_weights, open_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -171,6 +171,28 @@ def test_loading_joins_parts_and_folds_trailing_ones(tmp_path: Path) -> None:
     assert torch.equal(module.fused.weight, torch.cat([content["net.q.weight"], content["net.k.weight"]]))
     assert torch.equal(module.plain.weight, content["net.out.weight"][:, :, 0, 0])
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_pieces_of_tensors_are_split_turned_and_joined(tmp_path: Path) -> None:
+    whole, turned = torch.randn(6, 4), torch.randn(6, 2)
+    file = saved(tmp_path / "model.safetensors", {"qk": whole, "proj": turned, "bias": torch.randn(4)})
+    sources = {
+        "fused.weight": (Piece("qk", index=1, parts=2), Piece("qk", index=0, parts=2)),
+        "plain.weight": (Piece("proj", transposed=True),),
+        "plain.bias": (Piece("bias", index=1, parts=2),),
+    }
+    pair = meta_pair()
+    load_weights(pair, open_checkpoint(file), sources, device=CPU, dtype=torch.float32)
+    assert torch.equal(pair.fused.weight, torch.cat([whole[3:], whole[:3]]))
+    assert torch.equal(pair.plain.weight, turned.T)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 4), (5, 4)])
+def test_a_piece_of_a_tensor_of_another_shape_is_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    file = saved(tmp_path / "model.safetensors", {**tensors(), "qk": torch.zeros(shape)})
+    sources = SOURCES | {"fused.weight": (Piece("qk", index=1, parts=2),)}
+    with pytest.raises(CheckpointError, match=r"1 mis-shaped: qk \(\[\[.*\]\] instead of \[6, 4\]\)"):
+        load_weights(meta_pair(), open_checkpoint(file), sources, device=CPU, dtype=torch.float32)
 
 
 def test_loading_casts_to_the_dtype_asked_for(file: Path) -> None:
