@@ -131,9 +131,9 @@ def load_weights(
     """Fills `module`, built on the meta device, with tensors of `checkpoint` on `device` in `dtype`.
 
     `sources` says of which checkpoint tensors, or pieces of them, each of the module's own is made; several are joined
-    on dimension 0 (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a linear layer.
-    A tensor that is on `device` in `dtype` already stays the mapped file. Names under `prefix` belong to this module:
-    one that is neither used nor `ignored` on purpose is an error.
+    on dimension 0 (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a
+    linear layer. A tensor that is on `device` in `dtype` already stays the mapped file. Names under `prefix` belong to
+    this module: one that is neither used nor `ignored` on purpose is an error.
 
     Raises CheckpointError with the first missing, unexpected and mis-shaped names and the counts of all.
     """
