@@ -52,7 +52,8 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part: a view of the whole tensor."""
-        part = torch.atleast_1d(tensor).tensor_split(self.parts)[self.index]
+        vector_or_more = tensor if tensor.ndim else tensor.reshape(1)
+        part = vector_or_more.tensor_split(self.parts)[self.index]
         return part.movedim(0, -1) if self.transposed else part
 
 
