@@ -27,6 +27,7 @@ from bench.real_width import save_real_width_sd15
 from safelight import Client, EmbeddedStack
 from safelight.v1.work_pb2 import GenerationParameters, OutputOptions
 from services.common.manifest import DEMO_MODEL_PATH, Component, ModelEntry
+from services.decoder.images import to_pixels
 from services.decoder.models.sd15 import SD15Decoder
 from services.decoder.output_files import picture_file
 from services.decoder.tiling import DEFAULT_TILING
@@ -81,7 +82,7 @@ class DirectPipeline:
         for _ in range(job.steps):
             self._engine.step([job])
         image = self._decoder.decode(job.state.latents, DEFAULT_TILING)
-        return picture_file(image[0], OutputOptions(), GenerationParameters()).data
+        return picture_file(to_pixels(image[0]), OutputOptions(), GenerationParameters()).data
 
     def _start(self, seed: int, positive: Conditioning, negative: Conditioning) -> DenoiseJob:
         shape = (4, self._case.size // 8, self._case.size // 8)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from services.common.manifest import ModelEntry
-from services.decoder.images import PictureError, read_picture
+from services.common.picture_files import PictureError
+from services.decoder.images import read_picture
 from services.decoder.models.sd15 import SD15Decoder
 from services.decoder.tiling import DEFAULT_TILING
 

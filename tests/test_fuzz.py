@@ -95,6 +95,11 @@ CASES = {
     "encode image": Case(
         "decoder", "DecoderService/EncodeImage", decoder.EncodeImageRequest(model="tiny", image=picture())
     ),
+    "encode image with a mask": Case(
+        "decoder",
+        "DecoderService/EncodeImage",
+        decoder.EncodeImageRequest(model="tiny", image=picture(), mask=picture(), width=64, height=128),
+    ),
     "generate": Case("gateway", "GenerationService/Generate", GENERATE),
     "cancel": Case("gateway", "GenerationService/Cancel", CancelRequest(context=WorkContext(request_id="fuzz"))),
     "pull": Case("denoiser", "TensorExchangeService/Pull", PullRequest(ticket="0f3a"), served=False),

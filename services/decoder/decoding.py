@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError, OutOfMemoryError
+from safelight.errors import OutOfMemoryError
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, FileChunk, StageTiming
 from services.common.batch_costs import WorkKind
 from services.common.batching import Batcher
@@ -20,17 +21,20 @@ from services.common.executor import DeviceExecutor
 from services.common.fingerprints import check_own_fingerprint, check_tensor_fingerprint
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
+from services.common.picture_files import PictureLimits
 from services.common.received_bytes import received_bytes
-from services.decoder.images import PictureError, PictureLimits, read_picture
+from services.decoder.images import to_pixels
+from services.decoder.input_pictures import paste_original, read_input
 from services.decoder.output_files import OutputFile, latents_file, picture_file
 from services.decoder.registry import PictureDecoder
 from services.decoder.tiling import Tiling
-from services.decoder.validation import check_decode, check_picture_size
+from services.decoder.validation import check_decode, check_encode_image
 from services.modeling.memory import is_out_of_memory
 from services.modeling.wire import TorchPayload, check_finite, make_header, read_tensor
 
 Computation = Callable[[], Tensor]
 DeviceQueue = Batcher[Computation, Tensor]
+_UPLOADS_READ_AT_ONCE = 2  # a small file may hold many pixels
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Decoding:
     models: dict[str, ModelDescription]
     tiling: Tiling
     limits: PictureLimits
+    _reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_UPLOADS_READ_AT_ONCE))
 
     async def decode(self, request: pb.DecodeRequest) -> AsyncGenerator[pb.DecodeResponse, None]:
         """The file's chunks, then the result.
@@ -68,31 +73,38 @@ class Decoding:
         yield pb.DecodeResponse(result=_result(file, sha256, timing))
 
     async def encode_image(self, request: pb.EncodeImageRequest) -> pb.EncodeImageResponse:
-        """The scaled latents of a picture file.
+        """The scaled latents of a picture file, and its mask at their size.
 
         Raises:
             SafelightError: of the kinds that DecoderService.EncodeImage documents.
         """
         description = find_model(self.models, request.model).decoder
+        check_encode_image(request, description, self.limits.max_pixels)
         check_own_fingerprint(request.context, "decoder", description.fingerprint)
-        try:
-            image = await asyncio.to_thread(read_picture, request.image, self.limits)
-        except PictureError as error:
-            raise InvalidRequestError.of("image", str(error)) from error
-        height, width = image.shape[-2:]
-        check_picture_size(width, height, description)
+        async with self._reading:
+            image, mask = await asyncio.to_thread(read_input, request, description, self.limits)
         decoder = self.decoders[request.model]
-        latents, timing = await self._compute(WorkKind(request.model), lambda: decoder.encode(image, self.tiling))
-        header = make_header(latents, "BCHW", decoder.fingerprint)
-        return pb.EncodeImageResponse(latents=await self.store.put(header, TorchPayload(latents)), timing=timing)
+        kind = WorkKind(request.model, tuple(side // description.scale_factor for side in image.shape[-2:]))
+        latents, timing = await self._compute(kind, lambda: decoder.encode(image, self.tiling))
+        check_finite(latents, "the encoded picture")
+        response = pb.EncodeImageResponse(latents=await self._lease(latents, decoder.fingerprint), timing=timing)
+        if mask is not None:
+            response.mask.CopyFrom(await self._lease(mask))
+        return response
+
+    async def _lease(self, tensor: Tensor, fingerprint: str = "") -> TensorRef:
+        return await self.store.put(make_header(tensor, "BCHW", fingerprint), TorchPayload(tensor))
 
     async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
         decoder = self.decoders[request.model]
         kind = WorkKind(request.model, tuple(latents.shape[1:]))
         image, timing = await self._compute(kind, lambda: decoder.decode(latents, self.tiling))
         check_finite(image, "the decoded picture")
-        file = await asyncio.to_thread(picture_file, image[0], request.output, request.parameters)
-        return file, timing
+        pixels = await asyncio.to_thread(to_pixels, image[0])
+        if request.mask:
+            async with self._reading:
+                pixels = await asyncio.to_thread(paste_original, pixels, request, self.limits)
+        return await asyncio.to_thread(picture_file, pixels, request.output, request.parameters), timing
 
     async def _compute(self, kind: WorkKind, computation: Computation) -> tuple[Tensor, StageTiming]:
         """Run on the device, after those that came before."""

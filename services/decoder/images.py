@@ -6,30 +6,28 @@ chunk `parameters` (and the same facts as JSON in the chunk `safelight`), JPEG a
 
 import io
 import json
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from enum import Enum
-from threading import Lock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile, PngInfo
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from services.common.picture_files import (
+    DEFAULT_LIMITS,
+    PictureError,
+    PictureLimits,
+    open_file,
+    opened_picture,
+    quietly,
+    reading,
+)
 from services.decoder.generation_parameters import GenerationParameters, parameters_text, parse_parameters
-
-
-class PictureError(ValueError):
-    """A picture file that cannot be read or written as asked; the message is a sentence for the person who asked."""
 
 
 class PictureFormat(Enum):
@@ -43,17 +41,6 @@ class PictureFormat(Enum):
 DEFAULT_QUALITY = 95
 MAX_SIDE = {PictureFormat.PNG: 2**31 - 1, PictureFormat.JPEG: 65500, PictureFormat.WEBP: 16383}  # pixels
 MAX_EXIF_BYTES = 65533  # one APP1 segment of a JPEG
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureLimits:
-    """What an uploaded picture may hold; checked before any of its pixels are decoded."""
-
-    max_bytes: int = 32 * 2**20
-    max_pixels: int = 64 * 2**20
-
-
-DEFAULT_LIMITS = PictureLimits()
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
@@ -101,20 +88,38 @@ def check_side(file_format: PictureFormat, side: int) -> None:
         raise PictureError(f"{file_format.value} holds up to {MAX_SIDE[file_format]} pixels a side, got {side}")
 
 
-def read_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS) -> Tensor:
-    """A PNG, JPEG or WebP file as [1, 3, H, W] in [-1, 1], float32: upright by its EXIF, transparency on white.
+def read_pixels(
+    data: bytes, limits: PictureLimits = DEFAULT_LIMITS, size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """A PNG, JPEG or WebP file as levels [H, W, 3]: upright by its EXIF, transparency on white.
+
+    size: width and height that it is stretched to (Lanczos); None: its own.
 
     Raises PictureError if the file is over the limits, broken, or of another format.
     """
-    if len(data) > limits.max_bytes:
-        raise PictureError(f"the picture file has {len(data)} bytes and may have {limits.max_bytes}")
-    with _reading("picture"):
-        image, turn = _open_turned(data)
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise PictureError(f"the picture has {width}x{height} pixels and may have {limits.max_pixels}")
-        pixels = np.array(_on_white(_eight_bit(image if turn is None else image.transpose(turn))))
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float().div_(127.5).sub_(1)
+    with opened_picture(data, limits) as picture:
+        image = picture.upright(_on(_eight_bit(picture.image), "white"))
+        if size is not None and image.size != size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        return np.array(image)
+
+
+def read_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS, size: tuple[int, int] | None = None) -> Tensor:
+    """`read_pixels` as [1, 3, H, W] in [-1, 1], float32."""
+    pixels = torch.from_numpy(read_pixels(data, limits, size))
+    return pixels.permute(2, 0, 1).unsqueeze(0).float().div_(127.5).sub_(1)
+
+
+def read_mask(data: bytes, size: tuple[int, int], limits: PictureLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """A mask's file as its brightness [H, W], 255 where to repaint: upright by its EXIF, transparency on black.
+
+    size: width and height that it is stretched to, each pixel the mean of those that it covers.
+
+    Raises PictureError as `read_pixels` does.
+    """
+    with opened_picture(data, limits) as picture:
+        mask = picture.upright(_on(_eight_bit(picture.image), "black").convert("L"))
+        return np.array(mask.resize(size, Image.Resampling.BOX))
 
 
 def read_parameters(data: bytes) -> dict[str, object] | None:
@@ -122,8 +127,8 @@ def read_parameters(data: bytes) -> dict[str, object] | None:
 
     Raises PictureError if `data` is no picture file or its parameters are malformed.
     """
-    with _reading("parameters of the picture"), _quietly():
-        image = _open(data)
+    with reading("parameters of the picture"), quietly():
+        image = open_file(data)
         if "safelight" in image.info:
             return dict(json.loads(image.info["safelight"]))
         text = image.info.get("parameters") or _user_comment(image)
@@ -174,73 +179,6 @@ def _user_comment(image: ImageFile) -> str:
     return comment[8:].decode(encoding) if encoding else ""
 
 
-# The readers themselves instead of Image.open: that warns or raises at a pixel limit of its own, global to the process.
-_READERS: Mapping[bytes, Callable[[io.BytesIO], ImageFile]] = {
-    b"\x89PNG\r\n\x1a\n": PngImageFile,
-    b"\xff\xd8\xff": JpegImageFile,
-    b"RIFF": WebPImageFile,
-}
-
-_QUIET = Lock()
-
-_UPRIGHT = {  # value of the EXIF tag Orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-def _open(data: bytes) -> ImageFile:
-    for signature, reader in _READERS.items():
-        if data.startswith(signature):
-            return reader(io.BytesIO(data))
-    raise PictureError("a picture file must be PNG, JPEG or WebP")
-
-
-def _open_turned(data: bytes) -> tuple[ImageFile, Image.Transpose | None]:
-    """A picture file, its pixels not yet decoded, and what turns them upright."""
-    with _quietly():
-        image = _open(data)
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-        return image, _UPRIGHT.get(orientation)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Mutes what Pillow warns of, which is damaged EXIF; one at a time, because all threads share the filters."""
-    with _QUIET, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns whatever Pillow raises on a broken file into a PictureError."""
-    try:
-        yield
-    except PictureError:
-        raise
-    except _PILLOW_ERRORS as error:
-        raise PictureError(f"the {what} cannot be read: {error}") from error
-
-
 def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit greys, which Pillow would clip at 255, scaled to 8 bits."""
     if not image.mode.startswith("I"):
@@ -248,9 +186,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Any mode as RGB, with transparent parts blended onto white."""
+def _on(image: Image.Image, background: str) -> Image.Image:
+    """Any mode as RGB, with transparent parts blended onto a background."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")

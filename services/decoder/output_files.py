@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import safetensors.torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from safelight.errors import InvalidRequestError
 from safelight.v1 import work_pb2 as pb
+from services.common.picture_files import PictureError
 from services.decoder.generation_parameters import GenerationParameters, ParameterValue
-from services.decoder.images import PictureError, PictureFormat, to_pixels, write_picture
+from services.decoder.images import PictureFormat, write_picture
 
 PICTURE_FORMATS: Mapping[pb.OutputFormat.ValueType, PictureFormat] = {
     pb.OUTPUT_FORMAT_PNG: PictureFormat.PNG,
@@ -32,14 +35,15 @@ class OutputFile:
     height: int = 0
 
 
-def picture_file(image: Tensor, output: pb.OutputOptions, parameters: pb.GenerationParameters) -> OutputFile:
-    """The picture file of a tensor [3, H, W] about in [-1, 1].
+def picture_file(
+    pixels: NDArray[np.uint8], output: pb.OutputOptions, parameters: pb.GenerationParameters
+) -> OutputFile:
+    """The picture file of levels [H, W, 3].
 
     Raises:
         InvalidRequestError: the format does not take the quality, the size or the parameters.
     """
     picture_format = PICTURE_FORMATS[output.format or pb.OUTPUT_FORMAT_PNG]
-    pixels = to_pixels(image)
     embedded = None if output.omit_metadata else embedded_parameters(parameters)
     try:
         data = write_picture(pixels, picture_format, quality=output.quality or None, parameters=embedded)
@@ -60,6 +64,7 @@ def embedded_parameters(parameters: pb.GenerationParameters) -> GenerationParame
     details: dict[str, ParameterValue] = {
         "Schedule type": parameters.sampling.schedule,
         "Clip skip": parameters.clip_skip,
+        **({"Denoising strength": round(parameters.strength, 6)} if parameters.HasField("strength") else {}),
         **{f"{name.capitalize()} hash": value for name, value in sorted(parameters.fingerprints.items())},
     }
     return GenerationParameters(

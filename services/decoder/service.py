@@ -11,10 +11,10 @@ from safelight.v1.model_pb2 import ModelDescription
 from services.common.batching import BatchLimits
 from services.common.executor import DeviceExecutor
 from services.common.manifest import load_manifest
+from services.common.picture_files import PictureLimits
 from services.common.server import Service
 from services.common.stage import Surroundings, stage_mounts
 from services.decoder.decoding import Computation, Decoding, DeviceQueue, compute_on
-from services.decoder.images import PictureLimits
 from services.decoder.output_files import FORMATS
 from services.decoder.registry import LOADERS, PictureDecoder
 from services.decoder.servicer import DecoderServicer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from safelight.errors import FieldViolation, InvalidRequestError
-from safelight.v1.decoder_service_pb2 import DecodeRequest
+from safelight.v1.decoder_service_pb2 import DecodeRequest, EncodeImageRequest
 from safelight.v1.model_pb2 import DecoderDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
 from services.common.validation import check_range
@@ -30,6 +30,22 @@ def check_picture_size(width: int, height: int, model: DecoderDescription) -> No
         )
 
 
+def check_encode_image(request: EncodeImageRequest, model: DecoderDescription, max_pixels: int) -> None:
+    """Check the size that a picture is to be scaled to; 0 by 0 is its own, which only its file tells.
+
+    Raises:
+        InvalidRequestError: it does not fit the model, or has more pixels than a picture may have.
+    """
+    width, height, factor = request.width, request.height, model.scale_factor
+    if width == height == 0:
+        return
+    if min(width, height) < 1 or width % factor or height % factor or width * height > max_pixels:
+        raise InvalidRequestError.of(
+            "width",
+            f"{width}x{height} must be multiples of {factor} and at most {max_pixels} pixels; or leave both out",
+        )
+
+
 def _violations(request: DecodeRequest, model: DecoderDescription) -> Iterator[FieldViolation]:
     shape = list(request.latents.header.shape)
     if len(shape) != 4 or shape[:2] != [1, model.latent_channels] or min(shape) < 1:
@@ -38,3 +54,6 @@ def _violations(request: DecodeRequest, model: DecoderDescription) -> Iterator[F
     if request.output.format not in (OUTPUT_FORMAT_UNSPECIFIED, *model.formats):
         known = ", ".join(OutputFormat.Name(known) for known in model.formats)
         yield FieldViolation("output.format", f"is {request.output.format}; choose from {known}")
+    if bool(request.mask) != bool(request.original_image):
+        missing = "original_image" if request.mask else "mask"
+        yield FieldViolation(missing, "is missing: original_image and mask go together")

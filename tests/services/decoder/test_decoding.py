@@ -24,15 +24,15 @@ from safelight.errors import (
     from_rpc_error,
 )
 from safelight.v1 import work_pb2
-from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult, EncodeImageRequest
+from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult, EncodeImageRequest, EncodeImageResponse
 from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
-from safelight.v1.tensor_pb2 import TensorLease
+from safelight.v1.tensor_pb2 import TensorLease, TensorRef
 from services.common.exchange import BytesPayload
 from services.decoder.images import read_parameters
 from services.decoder.service import build_decoder
 from services.decoder.settings import DecoderSettings
 from services.modeling.wire import to_tensor
-from tests.serving import Running, StartStage
+from tests.serving import Running, StartStage, failure
 from tests.support.stage_requests import decode_request
 
 LATENTS = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
@@ -53,6 +53,9 @@ class Decoder:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.decode(request)
         return from_rpc_error(caught.value)
+
+    async def encode(self, **fields: Any) -> EncodeImageResponse:
+        return await self.stub.EncodeImage(EncodeImageRequest(model="tiny", **fields), timeout=60)
 
 
 Start = Callable[..., Awaitable[Decoder]]
@@ -129,22 +132,75 @@ async def test_a_latent_beyond_the_untiled_area_is_decoded_in_tiles(start: Start
     assert not np.array_equal(pixels(tiled), pixels(whole))  # group norms see one tile at a time
 
 
-async def test_a_picture_becomes_a_latent(start: Start) -> None:
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (32, 16), "red").save(file, "PNG")
-    decoder = await start()
-    response = await decoder.stub.EncodeImage(EncodeImageRequest(model="tiny", image=file.getvalue()), timeout=60)
-    assert to_tensor(response.latents.header, BytesPayload(response.latents.inline)).shape == (1, 4, 2, 4)
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-@pytest.mark.parametrize(("image", "reason"), [(b"no picture", "PNG, JPEG or WebP"), (b"", "PNG, JPEG or WebP")])
-async def test_what_is_no_picture_is_refused(start: Start, image: bytes, reason: str) -> None:
+RED = png(Image.new("RGB", (32, 16), "red"))
+LEFT_HALF = png(Image.fromarray(np.repeat([[255, 255, 0, 0]], 2, axis=0).astype(np.uint8)))
+"""A mask of 4 by 2 pixels."""
+
+
+def by_value(ref: TensorRef) -> torch.Tensor:
+    return to_tensor(ref.header, BytesPayload(ref.inline))
+
+
+async def test_a_picture_becomes_a_latent(start: Start) -> None:
     decoder = await start()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await decoder.stub.EncodeImage(EncodeImageRequest(model="tiny", image=image), timeout=60)
-    error = from_rpc_error(caught.value)
+    response = await decoder.encode(image=RED)
+    assert by_value(response.latents).shape == (1, 4, 2, 4)
+    assert response.timing.stage == "decoder"
+    assert not response.HasField("mask")
+
+
+async def test_a_picture_is_encoded_at_the_size_asked_for_and_its_mask_with_it(start: Start) -> None:
+    decoder = await start()
+    response = await decoder.encode(image=RED, mask=LEFT_HALF, width=64, height=16)
+    assert by_value(response.latents).shape == (1, 4, 2, 8)
+    assert by_value(response.mask).tolist() == [[[[1.0] * 4 + [0.0] * 4] * 2]]
+    same = await decoder.encode(image=png(Image.new("RGB", (64, 16), "red")))
+    assert torch.equal(by_value(response.latents), by_value(same.latents))
+
+
+async def test_the_same_picture_is_the_same_latent(start: Start) -> None:
+    noise = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+    latents = [by_value((await (await start()).encode(image=noise)).latents) for _ in range(2)]
+    assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"image": b"no picture"}, "image: a picture file must be PNG, JPEG or WebP"),
+        ({"image": b""}, "image: a picture file must be PNG, JPEG or WebP"),
+        ({"image": RED[:60]}, "image: the picture cannot be read"),
+        ({"image": RED, "mask": b"no mask"}, "mask: a picture file must be PNG, JPEG or WebP"),
+        ({"image": png(Image.new("RGB", (30, 16)))}, "image: has 30x16 pixels; both must be multiples of 8"),
+        ({"image": png(Image.new("RGB", (512, 512)))}, "image: the picture has 512x512 pixels and may have 4096"),
+        ({"image": RED, "width": 30, "height": 16}, "width: 30x16 must be multiples of 8"),
+        ({"image": RED, "width": 32}, "width: 32x0 must be multiples of 8"),
+        ({"image": RED, "width": 16384, "height": 16384}, "width: 16384x16384 must be multiples of 8 and at most 4096"),
+        ({"image": RED, "width": -8, "height": 8}, "width: -8x8 must be multiples of 8"),
+    ],
+)
+async def test_what_can_not_be_encoded_is_refused_by_name(start: Start, fields: dict[str, Any], named: str) -> None:
+    decoder = await start(max_image_pixels=4096)
+    error = await failure(decoder.encode(**fields))
     assert isinstance(error, InvalidRequestError)
-    assert reason in str(error)
+    assert named in str(error)
+
+
+async def test_kept_pixels_are_the_original_ones(start: Start) -> None:
+    original = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    request = decode_request(LATENTS)
+    decoder = await start()
+    repainted = pixels((await decoder.decode(request))[0])
+    request.original_image, request.mask = png(Image.fromarray(original)), LEFT_HALF
+    data, _ = await decoder.decode(request)
+    np.testing.assert_array_equal(pixels(data)[:, 48:], original[:, 48:])
+    np.testing.assert_array_equal(pixels(data)[:, :48], repainted[:, :48])
 
 
 def nan_latents(request: DecodeRequest) -> None:
@@ -180,6 +236,14 @@ def latents_of_other_weights(request: DecodeRequest) -> None:
     request.latents.header.fingerprint = "another"
 
 
+def mask_without_original(request: DecodeRequest) -> None:
+    request.mask = LEFT_HALF
+
+
+def broken_original(request: DecodeRequest) -> None:
+    request.original_image, request.mask = RED[:60], LEFT_HALF
+
+
 def unknown_model(request: DecodeRequest) -> None:
     request.model = "nothing"
 
@@ -193,6 +257,8 @@ def unknown_model(request: DecodeRequest) -> None:
         (flipped_bit, TensorCorruptError, "latents"),
         (quality_of_png, InvalidRequestError, "output"),
         (unknown_format, InvalidRequestError, "output.format"),
+        (mask_without_original, InvalidRequestError, "original_image"),
+        (broken_original, InvalidRequestError, "original_image"),
         (unknown_model, UnknownModelError, "nothing"),
         (planned_with_other_weights, FingerprintMismatchError, "context.fingerprints[decoder]"),
         (latents_of_other_weights, FingerprintMismatchError, "latents"),

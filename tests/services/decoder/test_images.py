@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from services.common.picture_files import PictureError, PictureLimits
 from services.decoder.generation_parameters import GenerationParameters
 from services.decoder.images import (
-    PictureError,
     PictureFormat,
-    PictureLimits,
     read_parameters,
     read_picture,
     to_pixels,
@@ -180,6 +179,21 @@ def test_pictures_are_turned_upright_as_their_exif_says(file_format: str, orient
     data = file_of(Image.fromarray(gradient()), file_format, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(levels(data), np.asarray(expected))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_stretched_to_a_size_after_it_was_turned(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = file_of(Image.fromarray(gradient()), file_format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = np.asarray(upright.resize((24, 16), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(to_pixels(read_picture(data, size=(24, 16))[0]), expected)
+
+
+def test_a_picture_of_the_size_asked_for_keeps_every_bit() -> None:
+    data = write_picture(gradient(), PictureFormat.PNG)
+    np.testing.assert_array_equal(to_pixels(read_picture(data, size=(64, 40))[0]), gradient())
 
 
 def test_a_file_over_the_byte_limit_is_refused() -> None:

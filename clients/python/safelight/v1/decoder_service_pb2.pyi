@@ -34,9 +34,9 @@ class DecodeRequest(_message.Message):
     model: _builtins.str
     """Model name."""
     original_image: _builtins.bytes
-    """With a mask: the picture file whose pixels stay where the mask is black."""
+    """With a mask: the picture file whose pixels stay where the mask is black. It is scaled to the result's size."""
     mask: _builtins.bytes
-    """The mask's file, of any size."""
+    """The mask's file, of any size; where it is grey, the two pictures are blended."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -158,12 +158,18 @@ class EncodeImageRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     image: _builtins.bytes
     """The picture file: PNG, JPEG or WebP."""
     mask: _builtins.bytes
-    """The file of a mask for it, white where to repaint; empty: none. It is scaled to the latent's size."""
+    """The file of a mask for it, white where to repaint; empty: none. It is scaled to the picture's size."""
+    width: _builtins.int
+    """Width in pixels that the picture is scaled to; 0, as the height then: its own."""
+    height: _builtins.int
+    """Height in pixels that the picture is scaled to."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -175,10 +181,12 @@ class EncodeImageRequest(_message.Message):
         model: _builtins.str = ...,
         image: _builtins.bytes = ...,
         mask: _builtins.bytes = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "image", b"image", "mask", b"mask", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "height", b"height", "image", b"image", "mask", b"mask", "model", b"model", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,7 +211,9 @@ class EncodeImageResponse(_message.Message):
 
     @_builtins.property
     def mask(self) -> _tensor_pb2.TensorRef:
-        """The mask at the latent's size, [1, 1, H, W], float32, 0 or 1; unset without one."""
+        """The mask at the latent's size, [1, 1, H, W], float32: 1 where a pixel of the element is to be repainted, else 0; unset
+        without one.
+        """
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class DenoiseRequest(_message.Message):
     seed: _builtins.int
     """Seed of the noise, 0 to 2^63 - 1."""
     strength: _builtins.float
-    """How much of the initial latent is replaced, 0 to 1."""
+    """How much of the initial latent is replaced, 0 to 1: the part of the steps that is run, but one at least. Unset: 1."""
     determinism: _work_pb2.DeterminismClass.ValueType
     """How equal repeated runs must be."""
     @_builtins.property
@@ -82,11 +82,11 @@ class DenoiseRequest(_message.Message):
 
     @_builtins.property
     def initial_latents(self) -> _tensor_pb2.TensorRef:
-        """Latent to start from (image- and video-to-video); unset: pure noise."""
+        """Latent to start from (image- and video-to-video), [1, C, H, W], float32; unset: pure noise."""
 
     @_builtins.property
     def mask(self) -> _tensor_pb2.TensorRef:
-        """Mask [1, 1, H, W] of the latent's size, float32, 1 where to repaint."""
+        """Mask [1, 1, H, W] of the latent's size, float32: 1 where to repaint, 0 where the initial latent stays."""
 
     @_builtins.property
     def preview(self) -> _work_pb2.PreviewOptions:
@@ -170,7 +170,7 @@ class DenoiseProgress(_message.Message):
     step: _builtins.int
     """Steps done."""
     steps: _builtins.int
-    """Steps in all."""
+    """Steps that are run in all; with a strength, fewer than the schedule has."""
     step_seconds: _builtins.float
     """Seconds the forward pass took."""
     batch_size: _builtins.int

@@ -54,9 +54,11 @@ class GenerateRequest(_message.Message):
     negative_prompt: _builtins.str
     """What it shall not show."""
     width: _builtins.int
-    """Width in pixels; 0: the model's default."""
+    """Width in pixels; 0: the input picture's, rounded to what the model takes (with a height: in its proportion), or
+    without one the model's default. The input picture is scaled to this size.
+    """
     height: _builtins.int
-    """Height in pixels; 0: the model's default."""
+    """Height in pixels; 0: as for the width."""
     num_frames: _builtins.int
     """Frames of a film; 0: a picture."""
     fps: _builtins.float
@@ -66,7 +68,7 @@ class GenerateRequest(_message.Message):
     num_images: _builtins.int
     """How many pictures, each from a seed of its own; 0: as many as `seeds`, or 1. At most 64."""
     strength: _builtins.float
-    """How much of the input picture or film is replaced, 0 to 1."""
+    """How much of the input picture or film is replaced, 0 to 1. Unset: 0.8, or 1 with a mask."""
     determinism: _work_pb2.DeterminismClass.ValueType
     """How equal repeated runs must be."""
     after_sequence: _builtins.int
@@ -95,7 +97,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.MediaInput]:
-        """Pictures, masks, films and sound to start from."""
+        """Pictures, masks, films and sound to start from: at most one picture, and one mask for it."""
 
     @_builtins.property
     def output(self) -> _work_pb2.OutputOptions:

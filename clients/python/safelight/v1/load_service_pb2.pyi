@@ -37,8 +37,8 @@ Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
 
 @_typing.final
 class WorkCost(_message.Message):
-    """What one unit of a stage's work costs, as measured there: a step of the denoiser, a picture of the decoder, a batch of
-    prompts of the encoder.
+    """What one unit of a stage's work costs, as measured there: a step of the denoiser, a picture that the
+    decoder decodes or encodes, a batch of prompts of the encoder.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -55,7 +55,9 @@ class WorkCost(_message.Message):
     """Seconds."""
     @_builtins.property
     def latent_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Extents of the latent without its batch axis; empty at the encoder."""
+        """Extents of the latent without its batch axis; of its plane alone, [H, W], where the decoder encodes a picture; empty
+        at the encoder.
+        """
 
     def __init__(
         self,

@@ -377,7 +377,7 @@ class MediaInput(_message.Message):
     role: Global___MediaRole.ValueType
     """What it is for."""
     data: _builtins.bytes
-    """The whole file, in any of the usual formats; at most 3 MiB."""
+    """The whole file, at most 3 MiB; a picture or a mask as PNG, JPEG or WebP."""
     def __init__(
         self,
         *,
