@@ -49,6 +49,21 @@ class Linear(nn.Linear):
         self.weight = _frozen(pack_linear_weight(self.weight))
 
 
+class GeluLinear(nn.Linear):
+    """gelu(x Wᵀ + b), the GELU by its tanh approximation (Hendrycks and Gimpel 2016). x: [..., in] -> [..., out]."""
+
+    __call__: Callable[..., Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.is_mkldnn:
+            return packed_linear(x, self.weight, self.bias, activation="gelu_tanh")
+        return F.gelu(super().forward(x), approximate="tanh")
+
+    def pack(self) -> None:
+        """Replaces the weight by its packed form."""
+        self.weight = _frozen(pack_linear_weight(self.weight))
+
+
 class GatedLinear(nn.Linear):
     """GEGLU (Shazeer 2020): (x Vᵀ + c) * gelu(x Wᵀ + d), with the exact GELU. x: [..., in] -> [..., out].
 
@@ -171,7 +186,7 @@ def pack_weights(module: nn.Module) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice."""
     # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
     for layer in module.modules():
-        if isinstance(layer, Linear | GatedLinear | Conv2d | Upsample) and can_pack(
+        if isinstance(layer, Linear | GeluLinear | GatedLinear | Conv2d | Upsample) and can_pack(
             layer.weight.device.type, layer.weight.dtype
         ):
             layer.pack()

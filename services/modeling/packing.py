@@ -19,7 +19,13 @@ from torch import Tensor
 _TYPICAL_ROWS = 4096
 _TYPICAL_SIZE = 64
 
-Activation = Literal["none", "gelu", "sigmoid"]
+Activation = Literal["none", "gelu", "gelu_tanh", "sigmoid"]
+_FUSED: dict[Activation, tuple[str, str]] = {  # torch's names: an operation, and which form of it
+    "none": ("none", "none"),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "sigmoid": ("sigmoid", "none"),
+}
 
 
 # Padding, stride, dilation (height and width each) and the number of groups.
@@ -57,7 +63,8 @@ def packed_linear(
     elif multiply is not None:
         y = torch.ops.mkldnn._linear_pointwise.binary(x, multiply, weight, bias, "mul")
     else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # "none": the exact GELU
+        operation, form = _FUSED[activation]
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, operation, [], form)
     return y
 
 

