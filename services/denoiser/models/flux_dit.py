@@ -103,7 +103,7 @@ class DoubleBlock(nn.Module):
             for stream, x, parts in ((self.text, text, for_text), (self.image, image, for_image))
         ]
         qk, v = (torch.cat(parts, dim=1) for parts in zip(*joint, strict=True))
-        text_out, image_out = attend(qk, v, rope).split([text.shape[1], image.shape[1]], dim=1)
+        text_out, image_out = torch.split(attend(qk, v, rope), [text.shape[1], image.shape[1]], dim=1)
         return self._rest(self.image, image, image_out, for_image), self._rest(self.text, text, text_out, for_text)
 
     def _qkv(self, stream: Stream, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,9 @@ class FluxDiT(TensorModule):
         self.modulation_out = Linear(width, 2 * width)
         self.proj_out = Linear(width, params.in_channels)
 
-    def prepare(self, prompt_embeds: Tensor, pooled: Tensor, guidance: Tensor | None, size: Sequence[int]) -> FluxContext:
+    def prepare(
+        self, prompt_embeds: Tensor, pooled: Tensor, guidance: Tensor | None, size: Sequence[int]
+    ) -> FluxContext:
         """prompt_embeds: T5's [B, L, D], pooled: CLIP's [B, D'], guidance: [B] scales where the model takes one, size:
         height and width of the latent."""
         vector = self.vector_in(pooled)
@@ -189,14 +191,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """[B, T, 3 W] -> queries and keys [B, T, 2, H, D], float32 and RMS-normed per head, and values [B, T, W]."""
     width = qkv.shape[-1] // 3
-    qk = qkv[..., : 2 * width].unflatten(-1, (2, heads, -1)).float()
+    qk = qkv[..., : 2 * width].view(*qkv.shape[:2], 2, heads, -1).float()
     weight = qk_norm.float().view(2, 1, -1)
     return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPS) * weight, qkv[..., 2 * width :]
 
 
 def attend(qk: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Attention of all tokens to all. qk: [B, N, 2, H, D] float32 without positions, v: [B, N, W] -> [B, N, W]."""
-    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
     rotated = torch.view_as_real(pairs * rope[:, None, None]).to(v.dtype)
     q, k = rotated.flatten(3).unbind(2)
     return attention(q, k, v, heads=qk.shape[3])
@@ -228,14 +230,16 @@ def rope_table(text_tokens: int, size: Sequence[int], channels: Sequence[int]) -
 
 def to_tokens(latents: Tensor) -> Tensor:
     """Packs 2 x 2 elements into a token: [B, C, h, w] -> [B, h/2 * w/2, 4 C], channels outermost in a token."""
-    x = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    batch, channels, height, width = latents.shape
+    x = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
 
 
 def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
     """The inverse of `to_tokens`: [B, h/2 * w/2, 4 C] -> [B, C, h, w] with size = (h, w)."""
-    x = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (size[0] // PATCH, -1))  # [B, h/2, w/2, C, 2, 2]
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    batch, _, width = tokens.shape
+    x = tokens.view(batch, size[0] // PATCH, size[1] // PATCH, width // PATCH**2, PATCH, PATCH)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, *size)
 
 
 def load_flux_dit(

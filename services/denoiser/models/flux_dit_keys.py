@@ -1,7 +1,7 @@
 """Where each tensor of `FluxDiT` lies in the two checkpoint layouts: Black Forest Labs' original one and diffusers'.
 
-The original names its tensors alike in a file of its own, in ComfyUI's all-in-one files (under `model.diffusion_model.`)
-and in GGUF files. The two layouts differ in what is fused, and in the order of the last modulation's halves.
+The original's names are the same in a file of its own, in GGUF files, and in ComfyUI's all-in-one files (there under
+`model.diffusion_model.`). The two layouts differ in what is fused, and in the order of the last modulation's halves.
 """
 
 import re
@@ -42,8 +42,12 @@ _ORIGINAL = {
     "single_blocks.{}.to_out": ("single_blocks.{}.linear2",),
     "modulation_out": ("final_layer.adaLN_modulation.1",),
     "proj_out": ("final_layer.linear",),
-    "double_blocks.{}.image.qk_norm": tuple(f"double_blocks.{{}}.img_attn.norm.{p}_norm.scale" for p in ("query", "key")),
-    "double_blocks.{}.text.qk_norm": tuple(f"double_blocks.{{}}.txt_attn.norm.{p}_norm.scale" for p in ("query", "key")),
+    "double_blocks.{}.image.qk_norm": tuple(
+        f"double_blocks.{{}}.img_attn.norm.{p}_norm.scale" for p in ("query", "key")
+    ),
+    "double_blocks.{}.text.qk_norm": tuple(
+        f"double_blocks.{{}}.txt_attn.norm.{p}_norm.scale" for p in ("query", "key")
+    ),
     "single_blocks.{}.qk_norm": tuple(f"single_blocks.{{}}.norm.{p}_norm.scale" for p in ("query", "key")),
 }
 _DIFFUSERS = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.modeling import layers
-from services.modeling.layers import Conv2d, GatedLinear, Linear, Upsample, pack_weights, phase_kernels
+from services.modeling.layers import Conv2d, GatedLinear, GeluLinear, Linear, Upsample, pack_weights, phase_kernels
 from services.modeling.packing import can_pack
 
 needs_packing = pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this CPU has no packed products")
@@ -57,6 +57,15 @@ def test_a_packed_layer_equals_the_layer(case: str, with_residual: bool) -> None
     layer.requires_grad_(False)
     residual = torch.randn_like(layer(x)) if with_residual else None
     torch.testing.assert_close(packed(layer)(x, residual), layer(x, residual), rtol=1e-5, atol=1e-6)
+
+
+@needs_packing
+def test_a_packed_gelu_equals_the_gelu() -> None:
+    layer, x = GeluLinear(24, 40), input_of((2, 5, 24))
+    layer.requires_grad_(False)
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(packed(layer)(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_packing

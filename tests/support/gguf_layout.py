@@ -1,0 +1,28 @@
+"""GGUF files, written by the tests with the `gguf` package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+
+def save_gguf(path: Path, tensors: Mapping[str, Tensor], quantization: GGMLQuantizationType) -> dict[str, Tensor]:
+    """Write matrices quantized and vectors in float32, as converters do; returns what a reader must make of them."""
+    writer = gguf.GGUFWriter(path, "test")
+    read = {}
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        kind = quantization if tensor.ndim > 1 else GGMLQuantizationType.F32
+        data = gguf.quantize(values, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        read[name] = torch.from_numpy(gguf.dequantize(data, kind)).reshape(tensor.shape).clone()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return read
