@@ -34,7 +34,7 @@ from services.decoder.tiling import DEFAULT_TILING
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
-from services.denoiser.models.sd15 import SD15Denoiser
+from services.denoiser.models.sd15 import load_sd15
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.planning import plan_sampling
 from services.encoder.models.sd15 import SD15Encoder
@@ -71,7 +71,7 @@ class DirectPipeline:
         cpu = torch.device("cpu")
         self._case = case
         self._encoder = SD15Encoder.load(case.entry, cpu)
-        self._engine = DenoiserEngine({"model": SD15Denoiser.load(case.entry, cpu)}, batch_cfg=True)
+        self._engine = DenoiserEngine({"model": load_sd15(case.entry, cpu)}, batch_cfg=True)
         self._decoder = SD15Decoder.load(case.entry, cpu)
 
     def draw(self, seed: int) -> bytes:

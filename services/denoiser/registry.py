@@ -11,7 +11,8 @@ from torch import Tensor
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
-from services.denoiser.models.sd15 import SD15Denoiser
+from services.denoiser.models.sd15 import load_sd15
+from services.denoiser.models.sdxl import load_sdxl
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
 
@@ -50,5 +51,6 @@ class Denoiser(Protocol):
 
 
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], Denoiser]] = {
-    "sd15": SD15Denoiser.load,
+    "sd15": load_sd15,
+    "sdxl": load_sdxl,
 }

@@ -18,13 +18,14 @@ from services.modeling.weights import Checkpoint, open_checkpoint
 
 _log = logging.getLogger("safelight.components")
 
-_PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15"}
-# A key that a single file of the family has, and others lack.
+_PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+# A key that a single file of the family has, and those below it lack.
 _FAMILY_KEYS = {
+    "sdxl": "model.diffusion_model.label_emb.0.0.weight",
     "sd15": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
 }
 _OTHER_FAMILY_KEYS = {
-    "SDXL": "model.diffusion_model.label_emb.0.0.weight",
+    "SDXL's refiner": "conditioner.embedders.0.model.ln_final.weight",
     "Stable Diffusion 2": "cond_stage_model.model.ln_final.weight",
 }
 

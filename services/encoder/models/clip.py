@@ -1,4 +1,4 @@
-"""CLIP's text model as Stable Diffusion 1.x uses it: token ids to one embedding per token.
+"""CLIP-L, OpenAI's text model, as Stable Diffusion uses it: token ids to one embedding per token.
 
 Paper: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 https://arxiv.org/abs/2103.00020. The network is `transformers.CLIPTextModel`; here are its weights and its use.
@@ -18,7 +18,14 @@ from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 HEAD_WIDTH = 64  # of every CLIP text model that was published
 _OWN_PREFIX = "text_model."  # of the names in memory up to transformers 4, and in files written by it
-_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", _OWN_PREFIX, "")
+_PREFIXES = (
+    "cond_stage_model.transformer.text_model.",  # of a single file of Stable Diffusion 1.x
+    "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.text_model.",  # of one of SDXL
+    "conditioner.embedders.0.transformer.",
+    _OWN_PREFIX,
+    "",
+)
 _TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 
 
@@ -33,20 +40,35 @@ class ClipTextEncoder(nn.Module):
         self.vocabulary_size: int = model.config.vocab_size
 
     @torch.inference_mode()
+    def hidden_states(self, token_ids: Tensor, clip_skip: int) -> Tensor:
+        """[B, L, D] after layer `layers - clip_skip + 1` (1: the last), without the final LayerNorm, as SDXL takes it.
+
+        Raises ValueError for a layer that isn't there.
+        """
+        check_clip_skip(clip_skip, self.layers)
+        states: tuple[Tensor, ...] = self.model(token_ids, output_hidden_states=True).hidden_states
+        return states[-clip_skip]
+
+    @torch.inference_mode()
     def forward(self, token_ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Prompt embeddings [B, L, D] of `token_ids` [B, L], int64, L up to `positions`.
 
         They are the hidden states after layer `layers - clip_skip + 1` (1: the last), through the final LayerNorm
         whichever layer it is. Padding is attended to, as in training. Raises ValueError for a layer that isn't there.
         """
-        if not 1 <= clip_skip <= self.layers:
-            raise ValueError(f"clip_skip must be from 1 to {self.layers}, the number of layers, got {clip_skip}")
+        check_clip_skip(clip_skip, self.layers)
         output = self.model(token_ids, output_hidden_states=clip_skip > 1)
         if clip_skip == 1:
             embeddings: Tensor = output.last_hidden_state
             return embeddings
         normalized: Tensor = _text_model(self.model).final_layer_norm(output.hidden_states[-clip_skip])
         return normalized
+
+
+def check_clip_skip(clip_skip: int, layers: int) -> None:
+    """Raises ValueError for a layer that isn't there."""
+    if not 1 <= clip_skip <= layers:
+        raise ValueError(f"clip_skip must be from 1 to {layers}, the number of layers, got {clip_skip}")
 
 
 def load_clip(

@@ -25,6 +25,7 @@ from services.modeling.components import (
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SD15 = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SDXL = "model.diffusion_model.label_emb.0.0.weight"
+REFINER = "conditioner.embedders.0.model.ln_final.weight"
 SD2 = "cond_stage_model.model.ln_final.weight"
 
 
@@ -113,28 +114,35 @@ def test_the_manifest_s_family_goes_before_all_else(tmp_path: Path) -> None:
     assert detect_family(entry(tmp_path / "absent", family="flux")) == "flux"
 
 
-def test_a_folder_s_family_is_told_by_its_pipeline(tmp_path: Path) -> None:
-    folder = diffusers_folder(tmp_path, model_index={"_class_name": "StableDiffusionPipeline"})
-    assert detect_family(entry(folder)) == "sd15"
+@pytest.mark.parametrize(
+    ("pipeline", "family"), [("StableDiffusionPipeline", "sd15"), ("StableDiffusionXLPipeline", "sdxl")]
+)
+def test_a_folder_s_family_is_told_by_its_pipeline(tmp_path: Path, pipeline: str, family: str) -> None:
+    folder = diffusers_folder(tmp_path, model_index={"_class_name": pipeline})
+    assert detect_family(entry(folder)) == family
 
 
-def test_a_single_file_s_family_is_told_by_its_keys(tmp_path: Path) -> None:
-    assert detect_family(entry(single_file(tmp_path / "a.safetensors", [SD15, "first_stage_model.x"]))) == "sd15"
+@pytest.mark.parametrize(("keys", "family"), [([SD15], "sd15"), ([SDXL], "sdxl"), ([SD15, SDXL], "sdxl")])
+def test_a_single_file_s_family_is_told_by_its_keys(tmp_path: Path, keys: list[str], family: str) -> None:
+    assert detect_family(entry(single_file(tmp_path / "a.safetensors", [*keys, "first_stage_model.x"]))) == family
 
 
 @pytest.mark.parametrize(
-    ("keys", "what"), [([SD15, SDXL], "SDXL"), ([SD15, SD2], "Stable Diffusion 2"), (["x"], "of no known family")]
+    ("keys", "what"),
+    [([SDXL, REFINER], "SDXL's refiner"), ([SD15, SD2], "Stable Diffusion 2"), (["x"], "of no known family")],
 )
 def test_a_file_of_another_family_is_an_error_that_names_it(tmp_path: Path, keys: list[str], what: str) -> None:
     file = single_file(tmp_path / "a.safetensors", keys)
-    with pytest.raises(CheckpointError, match=rf"model 'mine': {file} is {what}.*; this release serves sd15") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"model 'mine': {file} is {what}.*; this release serves .*sd15"
+    ) as caught:
         detect_family(entry(file))
     assert caught.value.metadata == {"file": str(file)}
 
 
 def test_a_folder_of_another_pipeline_is_an_error_that_names_it(tmp_path: Path) -> None:
-    folder = diffusers_folder(tmp_path, model_index={"_class_name": "StableDiffusionXLPipeline"})
-    with pytest.raises(CheckpointError, match="is pipeline 'StableDiffusionXLPipeline'; this release serves sd15"):
+    folder = diffusers_folder(tmp_path, model_index={"_class_name": "StableDiffusionXLImg2ImgPipeline"})
+    with pytest.raises(CheckpointError, match="is pipeline 'StableDiffusionXLImg2ImgPipeline'; this release serves .*sd15"):
         detect_family(entry(folder))
 
 
