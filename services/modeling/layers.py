@@ -5,7 +5,7 @@ An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,17 @@ _UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
 # Narrower convolutions are left to torch. oneDNN's blocks for them depend on the size of the picture, and a weight in
 # blocks that don't fit is brought into others on every call, by oneDNN's slowest routine; and tiles don't pay.
 _MIN_PACKED_CHANNELS = 256
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A layer that can bring its weight into a form that is faster to compute with."""
+
+    weight: Tensor
+
+    def pack(self) -> None:
+        """Do so."""
+        ...
 
 
 class TensorModule(nn.Module):
@@ -141,9 +152,9 @@ class Upsample(TensorModule):
 
     _phases: Sequence[Tensor] | None = None
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels if out_channels is None else out_channels, 3, padding=1)
 
     @property
     def weight(self) -> Tensor:
@@ -151,13 +162,13 @@ class Upsample(TensorModule):
         return self.conv.weight
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """x: [B, C, H, W] -> [B, C, 2H, 2W], or [B, C, *size]."""
-        batch, channels, height, width = x.shape
+        """x: [B, C, H, W] -> [B, C_out, 2H, 2W], or [B, C_out, *size]."""
+        batch, _, height, width = x.shape
         if size is not None and tuple(size) != (2 * height, 2 * width):
             return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
         kernels = self._phases or phase_kernels(self.weight)
         padded = F.pad(x, (1, 1, 1, 1))
-        out = x.new_empty((batch, 2 * height, 2 * width, channels)).permute(0, 3, 1, 2)
+        out = x.new_empty((batch, 2 * height, 2 * width, self.conv.out_channels)).permute(0, 3, 1, 2)
         for (row, column), kernel in zip(product(range(2), range(2)), kernels, strict=True):
             window = padded[:, :, row : row + height + 1, column : column + width + 1]
             out[:, :, row::2, column::2] = _unpadded_conv2d(window, kernel, self.conv.bias)
@@ -166,7 +177,7 @@ class Upsample(TensorModule):
     def pack(self) -> None:
         """Computes the phases, and packs wide ones; the convolution itself is packed as any other."""
         kernels = phase_kernels(self.weight)
-        if self.conv.in_channels < _MIN_PACKED_CHANNELS:
+        if min(self.conv.in_channels, self.conv.out_channels) < _MIN_PACKED_CHANNELS:
             self._phases = [kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels]
         else:
             self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in kernels]
@@ -186,9 +197,7 @@ def pack_weights(module: nn.Module) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice."""
     # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
     for layer in module.modules():
-        if isinstance(layer, Linear | GeluLinear | GatedLinear | Conv2d | Upsample) and can_pack(
-            layer.weight.device.type, layer.weight.dtype
-        ):
+        if isinstance(layer, Packable) and can_pack(layer.weight.device.type, layer.weight.dtype):
             layer.pack()
 
 
