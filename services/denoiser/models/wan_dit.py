@@ -1,0 +1,270 @@
+"""The denoiser of Wan2.1 and Wan2.2: a transformer over the frames of a film, told of text and, some, of a picture.
+
+Paper: Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models", section 4.2,
+https://arxiv.org/abs/2503.20314. Reference code: Wan-Video/Wan2.1, wan/modules/model.py.
+
+Shapes: B batch, C channels of a latent, T, h and w its frames, height and width, S = T * h/2 * w/2 tokens of the film,
+L tokens of the text, P tokens of the picture, W width, H heads, D channels of a head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.denoiser.models.flux_dit import Embedder, modulated_norm
+from services.denoiser.models.unet_blocks import time_features
+from services.denoiser.models.wan_dit_keys import find_layout
+from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
+from services.modeling.attention import attention
+from services.modeling.layers import GeluLinear, Linear, TensorModule, pack_weights
+from services.modeling.weights import Checkpoint, load_weights
+
+NORM_EPS = 1e-6
+PICTURE_NORM_EPS = 1e-5
+ROPE_BASE = 10_000.0
+TIME_FEATURES = 256
+
+
+@dataclass(frozen=True)
+class WanContext:
+    """What the network is told beside the latent and the timestep, computed once a request.
+
+    text_kv: [B, blocks, L, 2 W], the keys and values of each block's attention to the text.
+    image_kv: [B, blocks, P, 2 W], those of its attention to the picture; None: the model takes none.
+    image_latents: [B, C', T, h, w], joined to the latent: where the frames that are given lie, and their latents.
+    rope: [S, D/2] complex, the rotation of each token's pairs of channels.
+    """
+
+    text_kv: Tensor
+    image_kv: Tensor | None
+    image_latents: Tensor | None
+    rope: Tensor
+
+    def to(self, device: torch.device) -> "WanContext":
+        """The context on another device."""
+        moved = (None if x is None else x.to(device) for x in (self.image_kv, self.image_latents))
+        return WanContext(self.text_kv.to(device), *moved, self.rope.to(device))
+
+
+def stack_context(rows: Sequence[WanContext]) -> WanContext:
+    """Joins the contexts of several requests with latents of one size, by one model."""
+    if len(rows) == 1:
+        return rows[0]
+    return WanContext(
+        torch.cat([row.text_kv for row in rows]),
+        _join([row.image_kv for row in rows]),
+        _join([row.image_latents for row in rows]),
+        rows[0].rope,
+    )
+
+
+class TextEmbedder(TensorModule):
+    """Linear, GELU, linear: [B, L, in] -> [B, L, W]."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = GeluLinear(width_in, width)
+        self.out_layer = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(self.in_layer(x))
+
+
+class PictureEmbedder(TensorModule):
+    """CLIP's tokens of one or two pictures, [B, P, in], to the transformer's [B, P, W]."""
+
+    def __init__(self, width_in: int, width: int, positions: int | None) -> None:
+        super().__init__()
+        self.positions = None if positions is None else nn.Parameter(torch.empty(1, positions, width_in))
+        self.norm_in = nn.LayerNorm(width_in, PICTURE_NORM_EPS)
+        self.in_layer = Linear(width_in, width_in)
+        self.out_layer = Linear(width_in, width)
+        self.norm_out = nn.LayerNorm(width, PICTURE_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.positions is None else x + self.positions
+        normed: Tensor = self.norm_out(self.out_layer(F.gelu(self.in_layer(self.norm_in(x)))))
+        return normed
+
+
+class CrossAttention(TensorModule):
+    """Every token of the film attends to the text and, in models that start from a picture, to that as well."""
+
+    def __init__(self, params: WanDiTParams) -> None:
+        super().__init__()
+        width, self.heads = params.width, params.heads
+        self.to_q = Linear(width, width)
+        self.q_norm = nn.Parameter(torch.empty(width))
+        self.to_kv = Linear(width, 2 * width)
+        self.k_norm = nn.Parameter(torch.empty(width))
+        self.to_image_kv = None if params.image_width is None else Linear(width, 2 * width)
+        self.image_k_norm = None if params.image_width is None else nn.Parameter(torch.empty(width))
+        self.to_out = Linear(width, width)
+
+    def text_kv(self, text: Tensor) -> Tensor:
+        """[B, L, W] -> normed keys and values [B, L, 2 W]."""
+        return _normed_kv(self.to_kv(text), self.k_norm)
+
+    def image_kv(self, image: Tensor) -> Tensor:
+        """[B, P, W] -> normed keys and values [B, P, 2 W]."""
+        assert self.to_image_kv is not None
+        assert self.image_k_norm is not None
+        return _normed_kv(self.to_image_kv(image), self.image_k_norm)
+
+    def forward(self, x: Tensor, text_kv: Tensor, image_kv: Tensor | None, residual: Tensor) -> Tensor:
+        """x and residual: [B, S, W], text_kv: [B, L, 2 W], image_kv: [B, P, 2 W] -> [B, S, W]."""
+        q = rms_norm(self.to_q(x), self.q_norm)
+        attended = attention(q, *text_kv.chunk(2, dim=-1), self.heads)
+        if image_kv is not None:
+            attended = attended + attention(q, *image_kv.chunk(2, dim=-1), self.heads)
+        return self.to_out(attended, residual=residual)
+
+
+class Block(TensorModule):
+    """Self-attention, cross-attention and an MLP; the first and the last are modulated by the time."""
+
+    def __init__(self, params: WanDiTParams) -> None:
+        super().__init__()
+        width, self.heads = params.width, params.heads
+        self.modulation = nn.Parameter(torch.empty(1, 6, width))
+        self.to_qkv = Linear(width, 3 * width)
+        self.qk_norm = nn.Parameter(torch.empty(2 * width))
+        self.to_out = Linear(width, width)
+        self.cross_norm = nn.LayerNorm(width, NORM_EPS)
+        self.cross = CrossAttention(params)
+        self.mlp_in = GeluLinear(width, params.mlp_width)
+        self.mlp_out = Linear(params.mlp_width, width)
+
+    def forward(self, x: Tensor, time: Tensor, text_kv: Tensor, image_kv: Tensor | None, rope: Tensor) -> Tensor:
+        """x: [B, S, W], time: [B, 1 or S, 6, W], the keys and values of this block -> [B, S, W]."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self.modulation, time)
+        attended = self._attend(modulated_norm(x, shift, scale), rope)
+        x = torch.addcmul(x, gate, self.to_out(attended))
+        x = self.cross(self.cross_norm(x), text_kv, image_kv, residual=x)
+        hidden = self.mlp_in(modulated_norm(x, mlp_shift, mlp_scale))
+        return torch.addcmul(x, mlp_gate, self.mlp_out(hidden))
+
+    def _attend(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Self-attention of tokens [B, S, W], queries and keys normed and turned by their positions."""
+        qkv, width = self.to_qkv(x), x.shape[-1]
+        qk = rms_norm(qkv[..., : 2 * width].unflatten(-1, (2, width)).float(), self.qk_norm.float().view(2, width))
+        pairs = torch.view_as_complex(qk.unflatten(-1, (self.heads, -1, 2)))
+        q, k = torch.view_as_real(pairs * rope[:, None, None]).to(x.dtype).flatten(3).unbind(2)
+        return attention(q, k, qkv[..., 2 * width :], self.heads)
+
+
+class WanDiT(TensorModule):
+    """Predicts the velocity from a film to noise, given the time between them, the text and perhaps a picture."""
+
+    def __init__(self, params: WanDiTParams) -> None:
+        super().__init__()
+        self.params, width = params, params.width
+        self.patch_in = nn.Conv3d(params.in_channels, width, PATCH, stride=PATCH)
+        self.text_in = TextEmbedder(params.text_width, width)
+        self.time_in = Embedder(TIME_FEATURES, width)
+        self.modulation = Linear(width, 6 * width)
+        self.image_in = (
+            None if params.image_width is None else PictureEmbedder(params.image_width, width, params.image_positions)
+        )
+        self.blocks = nn.ModuleList(Block(params) for _ in range(params.blocks))
+        self.modulation_out = nn.Parameter(torch.empty(1, 2, width))
+        self.proj_out = Linear(width, params.out_channels * PATCH[1] * PATCH[2])
+
+    def prepare(
+        self, prompt_embeds: Tensor, image_embeds: Tensor | None, image_latents: Tensor | None, size: Sequence[int]
+    ) -> WanContext:
+        """prompt_embeds: UMT5's [B, L, D], image_embeds: CLIP's [B, P, D'], image_latents: [B, C', T, h, w] (the last
+        two where the model takes them), size: T, h and w."""
+        text, image_kv = self.text_in(prompt_embeds), None
+        if self.image_in is not None:
+            assert image_embeds is not None
+            image = self.image_in(image_embeds)
+            image_kv = torch.stack([block.cross.image_kv(image) for block in self.blocks], dim=1)
+        text_kv = torch.stack([block.cross.text_kv(text) for block in self.blocks], dim=1)
+        rope = rope_table(size, self.params.width // self.params.heads).to(text.device)
+        return WanContext(text_kv, image_kv, image_latents, rope)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: WanContext) -> Tensor:
+        """latents: [B, C, T, h, w], timesteps: [B] in 0..1000, or [B, S] with one for each token -> velocity [B, C, T,
+        h, w]."""
+        if context.image_latents is not None:
+            latents = torch.cat([latents, context.image_latents.to(latents.dtype)], dim=1)
+        size = latents.shape[2:]
+        x = self.patch_in(latents).flatten(2).mT.contiguous()
+        features = time_features(timesteps.flatten(), TIME_FEATURES).to(x.dtype)
+        time = self.time_in(features).unflatten(0, (len(x), -1))
+        time_modulation = self.modulation(F.silu(time)).unflatten(-1, (6, -1))
+        image_kvs = [None] * len(self.blocks) if context.image_kv is None else context.image_kv.unbind(1)
+        for block, text_kv, image_kv in zip(self.blocks, context.text_kv.unbind(1), image_kvs, strict=True):
+            x = block(x, time_modulation, text_kv, image_kv, context.rope)
+        shift, scale = modulation(self.modulation_out, time[:, :, None])
+        return to_latents(self.proj_out(modulated_norm(x, shift, scale)), size)
+
+
+def modulation(table: Tensor, time: Tensor) -> tuple[Tensor, ...]:
+    """The shifts, scales and gates of a block: its own n, [1, n, W], plus those of the time, [B, 1 or S, 1 or n, W], in
+    float32 because their sum is small against its parts -> n times [B, 1 or S, W]."""
+    return (table.float() + time.float()).to(time.dtype).unbind(2)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Root mean square norm over the whole width, all heads together."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
+
+
+def rope_table(size: Sequence[int], head_width: int) -> Tensor:
+    """Rotations [S, D/2], complex64, of the tokens of a latent of T, h and w (Su et al. 2021, RoFormer).
+
+    A head's channels turn with the frame, the row and the column: a third each, rounded so that the frame has the rest.
+    Angles are computed in float64.
+    """
+    counts = [side // patch for side, patch in zip(size, PATCH, strict=True)]
+    side = 2 * (head_width // 6)
+    grid = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in counts))
+    angles = torch.cat(
+        [
+            positions[:, None] * ROPE_BASE ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            for positions, channels in zip(grid.unbind(1), (head_width - 2 * side, side, side), strict=True)
+        ],
+        dim=1,
+    )
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, S, 4 C] -> [B, C, T, h, w] with size = (T, h, w); channels are innermost in a token."""
+    frames, rows, columns = (side // patch for side, patch in zip(size, PATCH, strict=True))
+    x = tokens.view(len(tokens), frames, rows, columns, PATCH[1], PATCH[2], -1)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def load_wan_dit(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+) -> WanDiT:
+    """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
+
+    `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
+    Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
+    """
+    layout = find_layout(checkpoint)
+    params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
+    with torch.device("meta"):
+        dit = WanDiT(params)
+    sources = layout.sources(dit.state_dict().keys(), params.width)
+    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix)
+    pack_weights(dit)
+    return dit.eval()
+
+
+def _normed_kv(kv: Tensor, k_norm: Tensor) -> Tensor:
+    k, v = kv.chunk(2, dim=-1)
+    return torch.cat([rms_norm(k, k_norm), v], dim=-1)
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
