@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotations
 from services.denoiser.models.flux_dit_keys import find_layout
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
@@ -29,8 +30,6 @@ from services.modeling.weights import Checkpoint, load_weights
 
 PATCH = 2  # a token is 2 x 2 latent elements
 MLP_RATIO = 4
-NORM_EPS = 1e-6
-ROPE_BASE = 10_000.0
 TIME_FEATURES = 256
 SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
 
@@ -59,18 +58,6 @@ def stack_context(rows: Sequence[FluxContext]) -> FluxContext:
         return rows[0]
     text, vector = torch.cat([row.text for row in rows]), torch.cat([row.vector for row in rows])
     return FluxContext(text, vector, rows[0].rope)
-
-
-class Embedder(TensorModule):
-    """Linear, SiLU, linear: [B, in] -> [B, W]."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.in_layer = Linear(width_in, width)
-        self.out_layer = Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
 
 
 class Stream(nn.Module):
@@ -164,7 +151,7 @@ class FluxDiT(TensorModule):
         if self.guidance_in is not None:
             assert guidance is not None
             vector = self.guidance_in(scalar_features(guidance.to(pooled.dtype))) + vector
-        rope = rope_table(prompt_embeds.shape[1], size, self.params.rope_channels).to(pooled.device)
+        rope = token_rotations(prompt_embeds.shape[1], size, self.params.rope_channels).to(pooled.device)
         return FluxContext(self.text_in(prompt_embeds), vector, rope)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: FluxContext) -> Tensor:
@@ -179,13 +166,6 @@ class FluxDiT(TensorModule):
             x = block(x, vector, context.rope)
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
         return to_latents(self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale)), latents.shape[-2:])
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then times 1 + scale, plus shift. x: [B, T, W], shift and scale: [B, 1, W]."""
-    if len(x) == 1:  # the norm's own weight and bias: one pass over the memory, one rounding
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], NORM_EPS)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -209,23 +189,13 @@ def scalar_features(scalars: Tensor) -> Tensor:
     return time_features(scalars * SCALAR_FACTOR, TIME_FEATURES).to(scalars.dtype)
 
 
-def rope_table(text_tokens: int, size: Sequence[int], channels: Sequence[int]) -> Tensor:
-    """Rotations [N, D/2], complex64, of the tokens of a text and of a latent of this size (Su et al. 2021, RoFormer).
-
-    The text's are all at 0, the picture's at (0, row, column); angles are computed in float64.
-    """
+def token_rotations(text_tokens: int, size: Sequence[int], channels: Sequence[int]) -> Tensor:
+    """Rotations [N, D/2] of the tokens of a text, all at 0, and of a latent of this size, each at (0, row, column)."""
     rows, columns = (side // PATCH for side in size)
     positions = torch.zeros(text_tokens + rows * columns, len(channels), dtype=torch.float64)
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     positions[text_tokens:, -2:] = grid.view(-1, 2).double()
-    angles = torch.cat(
-        [
-            position[:, None] * ROPE_BASE ** -(torch.arange(0, count, 2, dtype=torch.float64) / count)
-            for position, count in zip(positions.unbind(1), channels, strict=True)
-        ],
-        dim=1,
-    )
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    return rotations(positions, channels)
 
 
 def to_tokens(latents: Tensor) -> Tensor:

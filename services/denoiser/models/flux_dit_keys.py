@@ -4,17 +4,10 @@ The original's names are the same in a file of its own, in GGUF files, and in Co
 `model.diffusion_model.`). The two layouts differ in what is fused, and in the order of the last modulation's halves.
 """
 
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from services.denoiser.models.dit_layout import Layout, layout_of
+from services.modeling.weights import Checkpoint
 
-from services.modeling.weights import Checkpoint, CheckpointError, Piece, Source
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_PREFIXES = ("model.diffusion_model.", "")
 _PROBE = "single_blocks.0.to_out.weight"
-
-Sources = dict[str, tuple[Source, ...]]
 
 # Our layers and theirs, and the norms' parameters, which are no layers; `{}` is the number of a block. What several of
 # theirs make is joined on dimension 0.
@@ -83,52 +76,10 @@ _ORIGINAL_PARTS = {"single_blocks.{}.to_qkv": ((0, 1, 2), 7), "single_blocks.{}.
 _DIFFUSERS_PARTS = {"modulation_out": ((1, 0), 2)}  # theirs is scale, then shift; the original's and ours not
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way to name the weights.
-
-    layers: by our layers, whose parameters are `weight` and `bias`, or our other parameters, those of the checkpoint.
-    parts: by our layers that are made of parts of one of the checkpoint's, which ones, and how many there are.
-    prefix: of every name.
-    """
-
-    layers: Mapping[str, tuple[str, ...]]
-    parts: Mapping[str, tuple[tuple[int, ...], int]]
-    prefix: str = ""
-
-    def name(self, own: str) -> str:
-        """The (first) tensor of the checkpoint that makes our parameter `own`."""
-        return self._names(own)[0]
-
-    def sources(self, names: Collection[str]) -> Sources:
-        """For each of the model's parameters, the tensors of the checkpoint, or the pieces of one, that make it."""
-        return {own: self._sources(own) for own in names}
-
-    def _sources(self, own: str) -> tuple[Source, ...]:
-        names = self._names(own)
-        layer = _NUMBER.sub("{}", own).rpartition(".")[0]
-        if layer not in self.parts:
-            return names
-        indices, parts = self.parts[layer]
-        return tuple(Piece(names[0], index, parts) for index in indices)
-
-    def _names(self, own: str) -> tuple[str, ...]:
-        template, numbers = _NUMBER.sub("{}", own), _NUMBER.findall(own)
-        layer, _, kind = template.rpartition(".")
-        theirs = self.layers.get(template) or tuple(f"{name}.{kind}" for name in self.layers[layer])
-        return tuple(self.prefix + name.format(*numbers) for name in theirs)
-
-
 ORIGINAL = Layout(layers=_ORIGINAL, parts=_ORIGINAL_PARTS)
 DIFFUSERS = Layout(layers=_DIFFUSERS, parts=_DIFFUSERS_PARTS)
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:
     """The layout, with its prefix, that `checkpoint` has. Raises CheckpointError if it holds no FLUX.1 transformer."""
-    layouts = [replace(layout, prefix=prefix) for layout in (ORIGINAL, DIFFUSERS) for prefix in _PREFIXES]
-    for layout in layouts:
-        if layout.name(_PROBE) in checkpoint:
-            return layout
-    raise CheckpointError(
-        f"{checkpoint} holds no FLUX.1 transformer: none of {', '.join(layout.name(_PROBE) for layout in layouts)}"
-    )
+    return layout_of(checkpoint, (ORIGINAL, DIFFUSERS), _PROBE, "FLUX.1 transformer")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.denoiser.models.flux_dit import Embedder, modulated_norm
+from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
 from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.wan_dit_keys import find_layout
 from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
@@ -23,9 +23,7 @@ from services.modeling.attention import attention
 from services.modeling.layers import GeluLinear, Linear, TensorModule, pack_weights
 from services.modeling.weights import Checkpoint, load_weights
 
-NORM_EPS = 1e-6
 PICTURE_NORM_EPS = 1e-5
-ROPE_BASE = 10_000.0
 TIME_FEATURES = 256
 
 
@@ -152,8 +150,7 @@ class Block(TensorModule):
         """Self-attention of tokens [B, S, W], queries and keys normed and turned by their positions."""
         qkv, width = self.to_qkv(x), x.shape[-1]
         qk = rms_norm(qkv[..., : 2 * width].unflatten(-1, (2, width)).float(), self.qk_norm.float().view(2, width))
-        pairs = torch.view_as_complex(qk.unflatten(-1, (self.heads, -1, 2)))
-        q, k = torch.view_as_real(pairs * rope[:, None, None]).to(x.dtype).flatten(3).unbind(2)
+        q, k = rotate(qk.unflatten(-1, (self.heads, -1)), rope).to(x.dtype).flatten(3).unbind(2)
         return attention(q, k, qkv[..., 2 * width :], self.heads)
 
 
@@ -185,7 +182,7 @@ class WanDiT(TensorModule):
             image = self.image_in(image_embeds)
             image_kv = torch.stack([block.cross.image_kv(image) for block in self.blocks], dim=1)
         text_kv = torch.stack([block.cross.text_kv(text) for block in self.blocks], dim=1)
-        rope = rope_table(size, self.params.width // self.params.heads).to(text.device)
+        rope = token_rotations(size, self.params.width // self.params.heads).to(text.device)
         return WanContext(text_kv, image_kv, image_latents, rope)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: WanContext) -> Tensor:
@@ -216,23 +213,15 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
 
 
-def rope_table(size: Sequence[int], head_width: int) -> Tensor:
-    """Rotations [S, D/2], complex64, of the tokens of a latent of T, h and w (Su et al. 2021, RoFormer).
+def token_rotations(size: Sequence[int], head_width: int) -> Tensor:
+    """Rotations [S, D/2] of the tokens of a latent of T, h and w.
 
     A head's channels turn with the frame, the row and the column: a third each, rounded so that the frame has the rest.
-    Angles are computed in float64.
     """
     counts = [side // patch for side, patch in zip(size, PATCH, strict=True)]
-    side = 2 * (head_width // 6)
-    grid = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in counts))
-    angles = torch.cat(
-        [
-            positions[:, None] * ROPE_BASE ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-            for positions, channels in zip(grid.unbind(1), (head_width - 2 * side, side, side), strict=True)
-        ],
-        dim=1,
-    )
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    third = 2 * (head_width // 6)
+    positions = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in counts))
+    return rotations(positions, (head_width - 2 * third, third, third))
 
 
 def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
@@ -254,7 +243,7 @@ def load_wan_dit(
     params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
     with torch.device("meta"):
         dit = WanDiT(params)
-    sources = layout.sources(dit.state_dict().keys(), params.width)
+    sources = layout.sources(dit.state_dict().keys())
     load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix)
     pack_weights(dit)
     return dit.eval()

@@ -1,14 +1,8 @@
-"""Where each tensor of `WanDiT` lies in the two checkpoint layouts: Wan's original one and diffusers'.
+"""Where each tensor of `WanDiT` lies in the two checkpoint layouts: Wan's original one and diffusers'."""
 
-The original names its tensors alike in its own files, in ComfyUI's (under `model.diffusion_model.`) and in GGUF files.
-"""
+from services.denoiser.models.dit_layout import Layout, layout_of
+from services.modeling.weights import Checkpoint
 
-from dataclasses import replace
-
-from services.denoiser.models.flux_dit_keys import Layout
-from services.modeling.weights import Checkpoint, CheckpointError
-
-_PREFIXES = ("model.diffusion_model.", "")
 _PROBE = "blocks.0.cross.to_kv.weight"
 
 # Our layers and theirs, then our parameters that are no layers; `{}` is the number of a block. What several of theirs
@@ -72,16 +66,10 @@ _DIFFUSERS = {
     "modulation_out": ("scale_shift_table",),
 }
 
-ORIGINAL = Layout(layers=_ORIGINAL, rows={})
-DIFFUSERS = Layout(layers=_DIFFUSERS, rows={})
+ORIGINAL = Layout(layers=_ORIGINAL)
+DIFFUSERS = Layout(layers=_DIFFUSERS)
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:
     """The layout, with its prefix, that `checkpoint` has. Raises CheckpointError if it holds no Wan transformer."""
-    layouts = [replace(layout, prefix=prefix) for layout in (ORIGINAL, DIFFUSERS) for prefix in _PREFIXES]
-    for layout in layouts:
-        if layout.name(_PROBE) in checkpoint:
-            return layout
-    raise CheckpointError(
-        f"{checkpoint} holds no Wan transformer: none of {', '.join(layout.name(_PROBE) for layout in layouts)}"
-    )
+    return layout_of(checkpoint, (ORIGINAL, DIFFUSERS), _PROBE, "Wan transformer")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from services.denoiser.models.flux_dit_keys import Layout
+from services.denoiser.models.dit_layout import Layout
 from services.modeling.weights import Checkpoint, CheckpointError
 
 PATCH = (1, 2, 2)  # frames, rows and columns of latent elements that make a token

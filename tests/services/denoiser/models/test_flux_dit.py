@@ -14,8 +14,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from services.denoiser.models.dit_layout import Layout
 from services.denoiser.models.flux_dit import FluxDiT, load_flux_dit, stack_context, to_latents, to_tokens
-from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL, Layout
+from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL
 from services.denoiser.models.flux_dit_params import params_from_config
 from services.modeling.weights import CheckpointError, open_checkpoint
 from tests.support.flux_layout import original_flux_tensors

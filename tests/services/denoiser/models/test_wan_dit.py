@@ -52,7 +52,7 @@ def _load(reference: WanTransformer3DModel, folder: Path) -> WanDiT:
 def _write_original(dit: WanDiT, reference: WanTransformer3DModel, path: Path, prefix: str = "") -> Path:
     """The reference's weights in a file of Wan's own layout."""
     weights, names = reference.state_dict(), dit.state_dict().keys()
-    sources = zip(*(layout.sources(names, dit.params.width).values() for layout in (DIFFUSERS, ORIGINAL)), strict=True)
+    sources = zip(*(layout.sources(names).values() for layout in (DIFFUSERS, ORIGINAL)), strict=True)
     original = {
         f"{prefix}{theirs}": weights[ours].clone()
         for diffusers, wan in sources
