@@ -12,6 +12,7 @@ h w latent pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,8 +59,9 @@ class ChannelNorm(TensorModule):
         self.gamma = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(_LEAST_NORM)
-        return (x * (x.shape[1] ** 0.5 / norm).to(x.dtype)).mul_(self.gamma[:, None, None])
+        norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        inverse = norm.clamp_min(_LEAST_NORM).reciprocal_() * math.sqrt(x.shape[1])
+        return (x * inverse.to(x.dtype)).mul_(self.gamma[:, None, None])
 
 
 class ResidualBlock(TensorModule):
@@ -90,7 +92,7 @@ class AttentionBlock(TensorModule):
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         q, k, v = (each.permute(0, 2, 3, 1).flatten(1, 2) for each in self.to_qkv(self.norm(x)).chunk(3, dim=1))
-        out = attention(q, k, v, heads=1).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
+        out = attention(q, k, v, heads=1).view(len(x), *x.shape[-2:], -1).permute(0, 3, 1, 2)
         return self.proj(out, residual=x)
 
 
@@ -240,8 +242,8 @@ def encode_film(vae: WanVAE, frames: Iterable[Tensor]) -> Tensor:
 def decode_film(vae: WanVAE, latents: Tensor) -> Iterator[Tensor]:
     """The frames of a denoiser's latents [1 + n, Z, h, w], those of a latent frame at a time: one, then four each."""
     past = Past()
-    for mean in vae.denormalize(latents.float()).split(1):
-        yield vae.decode(mean, past)
+    for mean in vae.denormalize(latents.float()):
+        yield vae.decode(mean[None], past)
 
 
 # The latents of Wan2.1's VAE, which Qwen-Image shares; no file of the original layout tells them.

@@ -51,7 +51,7 @@ def _diffusers_up(number: int, blocks: int) -> str:
 
 DIFFUSERS = Layout(
     ends={name: name for name in ("quant_conv", "post_quant_conv", "conv_in", "norm_out", "conv_out")},
-    layers={"conv": "resample.1", "resample.conv": "resample.1"},
+    layers={"conv": "resample.1", "resample.conv": "resample.1", "time_conv.conv": "time_conv"},
     middle=("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
     down="down_blocks.{}".format,
     up=_diffusers_up,
@@ -72,6 +72,7 @@ ORIGINAL = Layout(
         "conv_shortcut": "shortcut",
         "conv": "resample.1",
         "resample.conv": "resample.1",
+        "time_conv.conv": "time_conv",
     },
     middle=("middle.0", "middle.1", "middle.2"),
     down="downsamples.{}".format,

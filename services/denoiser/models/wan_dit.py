@@ -44,8 +44,8 @@ class WanContext:
 
     def to(self, device: torch.device) -> "WanContext":
         """The context on another device."""
-        moved = (None if x is None else x.to(device) for x in (self.image_kv, self.image_latents))
-        return WanContext(self.text_kv.to(device), *moved, self.rope.to(device))
+        image_kv, image_latents = (None if x is None else x.to(device) for x in (self.image_kv, self.image_latents))
+        return WanContext(self.text_kv.to(device), image_kv, image_latents, self.rope.to(device))
 
 
 def stack_context(rows: Sequence[WanContext]) -> WanContext:
@@ -116,9 +116,11 @@ class CrossAttention(TensorModule):
     def forward(self, x: Tensor, text_kv: Tensor, image_kv: Tensor | None, residual: Tensor) -> Tensor:
         """x and residual: [B, S, W], text_kv: [B, L, 2 W], image_kv: [B, P, 2 W] -> [B, S, W]."""
         q = rms_norm(self.to_q(x), self.q_norm)
-        attended = attention(q, *text_kv.chunk(2, dim=-1), self.heads)
+        k, v = text_kv.chunk(2, dim=-1)
+        attended = attention(q, k, v, self.heads)
         if image_kv is not None:
-            attended = attended + attention(q, *image_kv.chunk(2, dim=-1), self.heads)
+            k, v = image_kv.chunk(2, dim=-1)
+            attended = attended + attention(q, k, v, self.heads)
         return self.to_out(attended, residual=residual)
 
 
@@ -148,9 +150,9 @@ class Block(TensorModule):
 
     def _attend(self, x: Tensor, rope: Tensor) -> Tensor:
         """Self-attention of tokens [B, S, W], queries and keys normed and turned by their positions."""
-        qkv, width = self.to_qkv(x), x.shape[-1]
-        qk = rms_norm(qkv[..., : 2 * width].unflatten(-1, (2, width)).float(), self.qk_norm.float().view(2, width))
-        q, k = rotate(qk.unflatten(-1, (self.heads, -1)), rope).to(x.dtype).flatten(3).unbind(2)
+        qkv, (*tokens, width) = self.to_qkv(x), x.shape
+        qk = rms_norm(qkv[..., : 2 * width].reshape(*tokens, 2, width).float(), self.qk_norm.float().view(2, width))
+        q, k = rotate(qk.view(*tokens, 2, self.heads, -1), rope).to(x.dtype).flatten(3).unbind(2)
         return attention(q, k, qkv[..., 2 * width :], self.heads)
 
 
@@ -180,8 +182,8 @@ class WanDiT(TensorModule):
         if self.image_in is not None:
             assert image_embeds is not None
             image = self.image_in(image_embeds)
-            image_kv = torch.stack([block.cross.image_kv(image) for block in self.blocks], dim=1)
-        text_kv = torch.stack([block.cross.text_kv(text) for block in self.blocks], dim=1)
+            image_kv = torch.stack([cross.image_kv(image) for cross in self._cross_attentions()], dim=1)
+        text_kv = torch.stack([cross.text_kv(text) for cross in self._cross_attentions()], dim=1)
         rope = token_rotations(size, self.params.width // self.params.heads).to(text.device)
         return WanContext(text_kv, image_kv, image_latents, rope)
 
@@ -193,13 +195,17 @@ class WanDiT(TensorModule):
         size = latents.shape[2:]
         x = self.patch_in(latents).flatten(2).mT.contiguous()
         features = time_features(timesteps.flatten(), TIME_FEATURES).to(x.dtype)
-        time = self.time_in(features).unflatten(0, (len(x), -1))
-        time_modulation = self.modulation(F.silu(time)).unflatten(-1, (6, -1))
+        time = self.time_in(features).view(len(x), -1, x.shape[-1])
+        time_modulation = self.modulation(F.silu(time)).view(*time.shape[:2], 6, -1)
         image_kvs = [None] * len(self.blocks) if context.image_kv is None else context.image_kv.unbind(1)
         for block, text_kv, image_kv in zip(self.blocks, context.text_kv.unbind(1), image_kvs, strict=True):
             x = block(x, time_modulation, text_kv, image_kv, context.rope)
         shift, scale = modulation(self.modulation_out, time[:, :, None])
         return to_latents(self.proj_out(modulated_norm(x, shift, scale)), size)
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        """Those of the blocks, in order."""
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
 
 def modulation(table: Tensor, time: Tensor) -> tuple[Tensor, ...]:

@@ -71,7 +71,8 @@ def _assert_close(ours: Tensor, theirs: Tensor) -> None:
 def _reference_latents(reference: AutoencoderKLWan, film: Tensor) -> Tensor:
     mean = reference.encode(film.permute(1, 0, 2, 3)[None]).latent_dist.mode()[0].permute(1, 0, 2, 3)
     shift, scale = (mean.new_tensor(reference.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-    return (mean - shift) / scale
+    latents: Tensor = (mean - shift) / scale
+    return latents
 
 
 @torch.inference_mode()
@@ -79,7 +80,8 @@ def _reference_film(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
     shift, scale = (
         latents.new_tensor(reference.config[name])[:, None, None] for name in ("latents_mean", "latents_std")
     )
-    return reference.decode((latents * scale + shift).permute(1, 0, 2, 3)[None]).sample[0].permute(1, 0, 2, 3)
+    film: Tensor = reference.decode((latents * scale + shift).permute(1, 0, 2, 3)[None]).sample
+    return film[0].permute(1, 0, 2, 3)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])

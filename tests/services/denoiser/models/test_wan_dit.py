@@ -62,7 +62,7 @@ def _write_original(dit: WanDiT, reference: WanTransformer3DModel, path: Path, p
     return path
 
 
-def _inputs(dit: WanDiT, batch: int = 1) -> dict[str, Tensor | None]:
+def _inputs(dit: WanDiT, batch: int = 1) -> dict[str, Any]:
     params, generator = dit.params, torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -117,7 +117,9 @@ def test_each_token_may_have_a_timestep_of_its_own(tmp_path: Path) -> None:
 def test_a_batch_equals_its_rows_alone(kind: str, tmp_path: Path) -> None:
     dit = _load(_reference(KINDS[kind]), tmp_path)
     both, timesteps = _inputs(dit, batch=2), torch.tensor([900.0, 100.0])
-    alone = [{name: None if x is None else x[i : i + 1] for name, x in both.items()} for i in range(2)]
+    alone: list[dict[str, Any]] = [
+        {name: None if x is None else x[i : i + 1] for name, x in both.items()} for i in range(2)
+    ]
     with torch.inference_mode():
         context = stack_context(
             [dit.prepare(row["prompt_embeds"], row["image_embeds"], row["image_latents"], SIZE) for row in alone]
