@@ -15,6 +15,7 @@ PUBLIC = [
     "Client",
     "DeadlineExceededError",
     "DeadlineUnreachableError",
+    "DownloadError",
     "EmbeddedStack",
     "Event",
     "FieldViolation",
@@ -44,6 +45,7 @@ PUBLIC = [
     "TensorCorruptError",
     "UnknownModelError",
     "UnsupportedError",
+    "fetch_model",
 ]
 
 

@@ -11,6 +11,7 @@ from safelight.errors import (
     CheckpointError,
     DeadlineExceededError,
     DeadlineUnreachableError,
+    DownloadError,
     FieldViolation,
     FingerprintMismatchError,
     InternalError,
@@ -27,6 +28,7 @@ from safelight.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from safelight.hub import fetch_model
 from safelight.options import GenerationOptions
 from safelight.pipelines import SDImagePipeline, SDPipelineConfig
 from safelight.receipt import Receipt, StageSeconds
@@ -50,6 +52,7 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "DeadlineUnreachableError",
+    "DownloadError",
     "EmbeddedStack",
     "Event",
     "FieldViolation",
@@ -79,4 +82,5 @@ __all__ = [
     "TensorCorruptError",
     "UnknownModelError",
     "UnsupportedError",
+    "fetch_model",
 ]

@@ -135,6 +135,10 @@ class CheckpointError(SafelightError):
     code, reason = grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_BAD_CHECKPOINT
 
 
+class DownloadError(CheckpointError):
+    """Weights can't be fetched from their hub."""
+
+
 class OverloadedError(SafelightError):
     """The queue is full; the request was not started and may be sent again after `retry_after_seconds`."""
 
