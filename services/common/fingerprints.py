@@ -7,9 +7,20 @@ that the other revision made, rather than mix the two into one picture.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 from safelight.errors import FingerprintMismatchError
 from safelight.v1.tensor_pb2 import Conditioning, TensorHeader
 from safelight.v1.work_pb2 import WorkContext
+
+
+def joint_fingerprint(fingerprints: Sequence[str]) -> str:
+    """32 hex digits for a stage of several networks, in their order; for networks of one checkpoint, that one's own."""
+    different = list(dict.fromkeys(fingerprints))
+    if len(different) == 1:
+        return different[0]
+    return hashlib.blake2b("\0".join(different).encode(), digest_size=16).hexdigest()
 
 
 def check_own_fingerprint(context: WorkContext, stage: str, fingerprint: str) -> None:

@@ -77,7 +77,7 @@ class Encoding:
         check_own_fingerprint(request.context, "encoder", description.fingerprint)
         clip_skip = request.clip_skip or description.default_clip_skip
         encoder = self.encoders[request.model]
-        tokenized = await self.executor.run(lambda: [encoder.tokenize(prompt) for prompt in request.prompts])
+        tokenized = await self.executor.run(lambda: _tokenize(encoder, request))
         alone = request.determinism == DETERMINISM_CLASS_EXACT
         jobs = [PromptJob(request.model, prompt, clip_skip, alone) for prompt in tokenized]
         encoded = await asyncio.gather(*map(self._encode_prompt, jobs))
@@ -122,6 +122,12 @@ class Encoding:
         self.metrics.queue_seconds.labels("encoder").observe(queued)
         self.metrics.stage_seconds.labels("encoder", model).observe(computed)
         return StageTiming(stage="encoder", queue_seconds=queued, compute_seconds=computed)
+
+
+def _tokenize(encoder: PromptEncoder, request: pb.EncodeRequest) -> list[TokenizedPrompt]:
+    """Each prompt's tokens; the last `negative_prompts` of them are negative ones."""
+    first_negative = len(request.prompts) - request.negative_prompts
+    return [encoder.tokenize(prompt, negative=index >= first_negative) for index, prompt in enumerate(request.prompts)]
 
 
 def encode_batch(encoders: Mapping[str, PromptEncoder], jobs: Sequence[PromptJob]) -> list[ConditioningTensors]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.encoder.models.sd15 import SD15Encoder
+from services.encoder.models.sdxl import SDXLEncoder
 from services.encoder.tokenization import TokenizedPrompt
 
 
@@ -23,8 +24,8 @@ class PromptEncoder(Protocol):
         """What requests may ask of the model."""
         ...
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        """The prompt's token ids and what of it did not fit."""
+    def tokenize(self, prompt: str, *, negative: bool = False) -> TokenizedPrompt:
+        """The prompt's token ids and what of it did not fit; zeros may stand for an empty negative prompt."""
         ...
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int) -> list[Mapping[str, Tensor]]:
@@ -34,4 +35,5 @@ class PromptEncoder(Protocol):
 
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], PromptEncoder]] = {
     "sd15": SD15Encoder.load,
+    "sdxl": SDXLEncoder.load,
 }

@@ -17,7 +17,10 @@ _SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """The ids of a prompt, always `length` of them, and what of the prompt they hold."""
+    """The ids of a prompt, always `length` of them, and what of the prompt they hold.
+
+    A prompt that a model does not encode, but stands for by zeros, has no ids.
+    """
 
     ids: tuple[int, ...]
     tokens: int  # of the whole prompt, beginning and end of text not counted
@@ -29,6 +32,11 @@ class TokenizedPrompt:
         """Tokens of the whole prompt, beginning and end of text counted."""
         return self.tokens + 2
 
+    def padded_with(self, pad: int) -> tuple[int, ...]:
+        """The ids with another one as padding."""
+        end = self.kept + 2
+        return self.ids[:end] + (pad,) * (len(self.ids) - end)
+
 
 class ClipTokenizer:
     """Lower-cased, whitespace-collapsed byte pairs between a beginning and an end of text, padded to `length`."""
@@ -37,7 +45,14 @@ class ClipTokenizer:
         self._tokenizer = tokenizer
         self.length = length
         self.vocabulary_size: int = tokenizer.get_vocab_size()
-        self._bos, self._eos, self._pad = (_token_id(tokenizer, token) for token in (bos, eos, pad))
+        self._bos, self._eos, self._pad = map(self.token_id, (bos, eos, pad))
+
+    def token_id(self, token: str) -> int:
+        """The id of a token of the vocabulary; raises ValueError when there is none of it."""
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer's vocabulary lacks its special token {token!r}")
+        return int(token_id)
 
     def __call__(self, prompt: str) -> TokenizedPrompt:
         """Token ids of `prompt`. Of a prompt too long, the beginning is kept; the end of text stays last."""
@@ -98,10 +113,3 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             value = config[name]
             tokens[name] = value["content"] if isinstance(value, dict) else value
     return tokens
-
-
-def _token_id(tokenizer: Tokenizer, token: str) -> int:
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise ValueError(f"the tokenizer's vocabulary lacks its special token {token!r}")
-    return int(token_id)

@@ -27,6 +27,7 @@ def check_encode(request: EncodeRequest, model: EncoderDescription) -> None:
 
 def _violations(request: EncodeRequest, model: EncoderDescription) -> Iterator[FieldViolation]:
     yield from check_range("prompts", len(request.prompts), 1, MAX_PROMPTS)
+    yield from check_range("negative_prompts", request.negative_prompts, 0, len(request.prompts))
     yield from check_range("clip_skip", request.clip_skip, 0, model.max_clip_skip)
     yield from check_determinism(request.determinism)
     for index, prompt in enumerate(request.prompts):

@@ -52,10 +52,10 @@ class Piece:
     transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part: a view of the whole tensor."""
+        """The part: a view of the whole tensor, but a copy if it is transposed."""
         vector_or_more = tensor if tensor.ndim else tensor.reshape(1)
         part = vector_or_more.tensor_split(self.parts)[self.index]
-        return part.movedim(0, -1) if self.transposed else part
+        return part.movedim(0, -1).contiguous() if self.transposed else part
 
 
 Source = str | Piece

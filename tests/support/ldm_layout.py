@@ -14,26 +14,65 @@ from torch import Tensor
 
 
 def save_single_file(folder: Path, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """One file as the web UIs take it, from a diffusers folder: UNet, VAE, text encoder, and what else lies about."""
+    """One file as the web UIs take it, from a diffusers folder of SD1.5 or SDXL, with what else lies about in them."""
     unet_config = json.loads((folder / "unet" / "config.json").read_text())
     vae_config = json.loads((folder / "vae" / "config.json").read_text())
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     tensors = {ldm_unet_name(name, unet_config): tensor for name, tensor in unet.items()}
     tensors |= ldm_vae_tensors(vae, len(vae_config["block_out_channels"]))
-    tensors |= ldm_clip_tensors(load_file(folder / "text_encoder" / "model.safetensors"))
+    clip = load_file(folder / "text_encoder" / "model.safetensors")
+    if (folder / "text_encoder_2").is_dir():
+        clip_g = load_file(folder / "text_encoder_2" / "model.safetensors")
+        tensors |= ldm_clip_tensors(clip, "conditioner.embedders.0.transformer.text_model.")
+        tensors |= open_clip_tensors(clip_g, "conditioner.embedders.1.model.")
+    else:
+        tensors |= ldm_clip_tensors(clip)
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     tensors["betas"] = torch.zeros(1000)
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
-def ldm_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ldm_clip_tensors(
+    tensors: Mapping[str, Tensor], prefix: str = "cond_stage_model.transformer.text_model."
+) -> dict[str, Tensor]:
     """A text encoder's tensors under their names in the single file, with its buffer of positions."""
-    prefix = "cond_stage_model.transformer.text_model."
     renamed = {prefix + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     positions = renamed[f"{prefix}embeddings.position_embedding.weight"].shape[0]
     return {**renamed, f"{prefix}embeddings.position_ids": torch.arange(positions)[None].float()}
+
+
+def open_clip_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """CLIP-G's tensors as open_clip has them: q, k and v in one, the projection the other way round."""
+    renamed = {_open_clip_name(name): tensor for name, tensor in tensors.items() if "_proj." not in name}
+    renamed |= {_open_clip_name(name): tensor for name, tensor in tensors.items() if "out_proj" in name}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensor, *(tensors[name.replace("q_proj", f"{part}_proj")] for part in "kv")]
+            place = _open_clip_name(name).partition(".self_attn")[0]
+            renamed[f"{place}.attn.in_proj_{name.rpartition('.')[2]}"] = torch.cat(parts)
+    renamed["text_projection"] = tensors["text_projection.weight"].T
+    renamed["logit_scale"] = torch.tensor(4.6)
+    del renamed["text_projection.weight"]
+    return {prefix + name: tensor for name, tensor in renamed.items()}
+
+
+def _open_clip_name(name: str) -> str:
+    rules = (
+        (r"^text_model\.", ""),
+        (r"^embeddings\.token_embedding", "token_embedding"),
+        (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+        (r"^final_layer_norm", "ln_final"),
+        (r"^encoder\.layers", "transformer.resblocks"),
+        (r"\.layer_norm([12])", r".ln_\1"),
+        (r"\.self_attn\.out_proj", ".attn.out_proj"),
+        (r"\.mlp\.fc1", ".mlp.c_fc"),
+        (r"\.mlp\.fc2", ".mlp.c_proj"),
+    )
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def ldm_unet_name(name: str, config: Mapping[str, Any]) -> str:
@@ -42,6 +81,7 @@ def ldm_unet_name(name: str, config: Mapping[str, Any]) -> str:
     rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
         (r"^conv_in\.", lambda m: "input_blocks.0.0."),
         (r"^time_embedding\.linear_([12])", lambda m: f"time_embed.{2 * (int(m[1]) - 1)}"),
+        (r"^add_embedding\.linear_([12])", lambda m: f"label_emb.0.{2 * (int(m[1]) - 1)}"),
         (r"^conv_norm_out", lambda m: "out.0"),
         (r"^conv_out", lambda m: "out.2"),
         (r"^mid_block\.resnets\.([01])", lambda m: f"middle_block.{2 * int(m[1])}"),

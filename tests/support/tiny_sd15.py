@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def save_tiny_sd15(folder: Path, seed: int = 0) -> Path:
     """Write the model; two models of one seed are equal."""
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
-        vae=_tiny_vae(),
+        vae=tiny_vae(),
         text_encoder=_tiny_clip(),
         tokenizer=CLIPTokenizer.from_pretrained(CLIP_TOKENIZER),
         unet=_tiny_unet(),
@@ -33,7 +34,7 @@ def save_tiny_sd15(folder: Path, seed: int = 0) -> Path:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    _use_published_tokenizer_files(folder / "tokenizer")
+    use_published_tokenizer_files(folder / "tokenizer")
     return folder
 
 
@@ -50,8 +51,10 @@ def _tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def _tiny_vae() -> AutoencoderKL:
+def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+    """A VAE of Stable Diffusion's shape, with a scaling factor for its latents."""
     return AutoencoderKL(
+        scaling_factor=scaling_factor,
         block_out_channels=(32, 32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -77,7 +80,10 @@ def _tiny_clip() -> CLIPTextModel:
     )
 
 
-def _use_published_tokenizer_files(folder: Path) -> None:
+def use_published_tokenizer_files(folder: Path, **special_tokens: str) -> None:
     """The file set of the published checkpoints (vocab.json, merges.txt), whatever this transformers writes."""
     shutil.rmtree(folder)
     shutil.copytree(CLIP_TOKENIZER, folder)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) | special_tokens
+        (folder / name).write_text(json.dumps(content))

@@ -38,6 +38,8 @@ class ClipTextEncoder(nn.Module):
         self.layers: int = model.config.num_hidden_layers
         self.positions: int = model.config.max_position_embeddings
         self.vocabulary_size: int = model.config.vocab_size
+        self.width: int = model.config.hidden_size
+        self.dtype: torch.dtype = model.dtype
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Tensor, clip_skip: int) -> Tensor:

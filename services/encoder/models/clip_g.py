@@ -76,6 +76,9 @@ class ClipGTextEncoder(nn.Module):
         self.layers: int = model.config.num_hidden_layers
         self.positions: int = model.config.max_position_embeddings
         self.vocabulary_size: int = model.config.vocab_size
+        self.width: int = model.config.hidden_size
+        self.projection_width: int = model.config.projection_dim
+        self.dtype: torch.dtype = model.dtype
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, clip_skip: int) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
 from services.common.manifest import ModelEntry
 from services.encoder.models.clip import ClipTextEncoder, load_clip
-from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt, load_clip_tokenizer
+from services.encoder.models.clip_tokenizer import load_model_tokenizer
+from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
 from services.modeling.components import open_component, resolve_dtype
-
-_CLIP_TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "clip"
 
 
 class SD15Encoder:
@@ -45,7 +42,8 @@ class SD15Encoder:
         clip = load_clip(
             source.checkpoint, source.config, device=device, dtype=resolve_dtype(entry.encoder.dtype, device)
         )
-        return cls(clip, _load_tokenizer(entry, clip), source.checkpoint.fingerprint, device)
+        tokenizer = load_model_tokenizer(entry, clip.positions, clip.vocabulary_size)
+        return cls(clip, tokenizer, source.checkpoint.fingerprint, device)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -57,7 +55,7 @@ class SD15Encoder:
         )
         return ModelDescription(name=name, family="sd15", encoder=encoder)
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
+    def tokenize(self, prompt: str, *, negative: bool = False) -> TokenizedPrompt:
         """The prompt's token ids and what of it did not fit."""
         return self._tokenizer(prompt)
 
@@ -65,19 +63,3 @@ class SD15Encoder:
         """`prompt_embeds` [1, L, D] of each prompt."""
         token_ids = torch.tensor([prompt.ids for prompt in prompts], device=self._device)
         return [{"prompt_embeds": embeds} for embeds in self._clip(token_ids, clip_skip).split(1)]
-
-
-def _load_tokenizer(entry: ModelEntry, clip: ClipTextEncoder) -> ClipTokenizer:
-    """The tokenizer that the manifest names, the model folder's own, or CLIP's usual one."""
-    own = entry.paths[0] / "tokenizer"
-    folder = Path(entry.tokenizer) if entry.tokenizer else own if own.is_dir() else _CLIP_TOKENIZER
-    try:
-        tokenizer = load_clip_tokenizer(folder, clip.positions)
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError(f"model {entry.name!r}: {error}") from error
-    if tokenizer.vocabulary_size > clip.vocabulary_size:
-        raise CheckpointError(
-            f"model {entry.name!r}: the tokenizer in {folder} has {tokenizer.vocabulary_size} tokens, the text model "
-            f"{clip.vocabulary_size}: name the model's own with 'tokenizer:' in the manifest"
-        )
-    return tokenizer

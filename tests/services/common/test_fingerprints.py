@@ -11,6 +11,7 @@ from services.common.fingerprints import (
     check_conditioning_fingerprints,
     check_own_fingerprint,
     check_tensor_fingerprint,
+    joint_fingerprint,
 )
 
 PLANNED = WorkContext(fingerprints={"encoder": "e1", "denoiser": "d1"})
@@ -53,3 +54,9 @@ def test_asking_for_a_fingerprint_does_not_add_one_to_the_request() -> None:
     context = WorkContext()
     check_own_fingerprint(context, "denoiser", "d1")
     assert context == WorkContext()
+
+
+def test_a_joint_fingerprint_depends_on_every_network_and_on_their_order() -> None:
+    assert joint_fingerprint(["a", "a"]) == "a"
+    assert len({joint_fingerprint(pair) for pair in (["a", "b"], ["b", "a"], ["a", "c"], ["ab", ""])}) == 4
+    assert len(joint_fingerprint(["a", "b"])) == 32
