@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
+from services.encoder.models.flux import FluxEncoder
 from services.encoder.models.sd15 import SD15Encoder
 from services.encoder.models.sdxl import SDXLEncoder
 from services.encoder.tokenization import TokenizedPrompt
@@ -36,4 +37,5 @@ class PromptEncoder(Protocol):
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], PromptEncoder]] = {
     "sd15": SD15Encoder.load,
     "sdxl": SDXLEncoder.load,
+    "flux": FluxEncoder.load,
 }

@@ -26,11 +26,12 @@ class TokenizedPrompt:
     tokens: int  # of the whole prompt, beginning and end of text not counted
     kept: int
     cut_off: str  # the part of the prompt, as it was written, that did not fit
+    special_tokens: int = 2  # CLIP's beginning and end of text
 
     @property
     def token_count(self) -> int:
         """Tokens of the whole prompt, beginning and end of text counted."""
-        return self.tokens + 2
+        return self.tokens + self.special_tokens
 
     def padded_with(self, pad: int) -> tuple[int, ...]:
         """The ids with another one as padding."""
@@ -49,10 +50,7 @@ class ClipTokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of a token of the vocabulary; raises ValueError when there is none of it."""
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise ValueError(f"the tokenizer's vocabulary lacks its special token {token!r}")
-        return int(token_id)
+        return token_id(self._tokenizer, token)
 
     def __call__(self, prompt: str) -> TokenizedPrompt:
         """Token ids of `prompt`. Of a prompt too long, the beginning is kept; the end of text stays last."""
@@ -113,3 +111,11 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             value = config[name]
             tokens[name] = value["content"] if isinstance(value, dict) else value
     return tokens
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token of the vocabulary; raises ValueError when there is none of it."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer's vocabulary lacks its special token {token!r}")
+    return int(found)

@@ -18,11 +18,20 @@ from services.modeling.weights import Checkpoint, open_checkpoint
 
 _log = logging.getLogger("safelight.components")
 
-_PIPELINE_FAMILIES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-# A key that a single file of the family has, and those below it lack.
+_PIPELINE_FAMILIES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "FluxPipeline": "flux",
+}
+# Keys of which a single file of the family has one, and those below it lack all.
 _FAMILY_KEYS = {
-    "sdxl": "model.diffusion_model.label_emb.0.0.weight",
-    "sd15": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    "sdxl": ("model.diffusion_model.label_emb.0.0.weight",),
+    "sd15": ("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",),
+    "flux": (
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
+        "single_transformer_blocks.0.attn.norm_k.weight",
+    ),
 }
 _OTHER_FAMILY_KEYS = {
     "SDXL's refiner": "conditioner.embedders.0.model.ln_final.weight",
@@ -92,8 +101,8 @@ def _family_of_keys(checkpoint: Checkpoint) -> tuple[str | None, str]:
     for other, key in _OTHER_FAMILY_KEYS.items():
         if key in checkpoint:
             return None, other
-    for family, key in _FAMILY_KEYS.items():
-        if key in checkpoint:
+    for family, keys in _FAMILY_KEYS.items():
+        if any(key in checkpoint for key in keys):
             return family, family
     return None, "of no known family (name one with 'family:' in the manifest)"
 
@@ -129,13 +138,13 @@ def resolve_device(name: str) -> torch.device:
         raise CheckpointError(f"device {name!r} is not on this machine: {error}") from error
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a manifest entry; "auto" is float16 on a GPU and float32 on a CPU.
+def resolve_dtype(name: str, device: torch.device, half: torch.dtype = torch.float16) -> torch.dtype:
+    """The dtype of a manifest entry; "auto" is float32 on a CPU and, elsewhere, the half precision of the family.
 
     bfloat16 is float32, and logged as such, on a CPU that is slower with it: more memory and less time.
     """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        return torch.float32 if device.type == "cpu" else half
     if name == "bfloat16" and device.type == "cpu" and not bfloat16_is_fast():
         _log.warning("this CPU computes float32 faster than bfloat16: float32 it is, which takes more memory")
         return torch.float32

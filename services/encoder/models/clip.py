@@ -23,6 +23,7 @@ _PREFIXES = (
     "cond_stage_model.transformer.",
     "conditioner.embedders.0.transformer.text_model.",  # of one of SDXL
     "conditioner.embedders.0.transformer.",
+    "text_encoders.clip_l.transformer.text_model.",  # of an all-in-one file of FLUX.1
     _OWN_PREFIX,
     "",
 )
@@ -66,6 +67,12 @@ class ClipTextEncoder(nn.Module):
         normalized: Tensor = _text_model(self.model).final_layer_norm(output.hidden_states[-clip_skip])
         return normalized
 
+    @torch.inference_mode()
+    def pooled(self, token_ids: Tensor) -> Tensor:
+        """One embedding [B, D] of each prompt: the last hidden state, normed, at the end of text. token_ids: [B, L]."""
+        pooled: Tensor = self.model(token_ids).pooler_output
+        return pooled
+
 
 def check_clip_skip(clip_skip: int, layers: int) -> None:
     """Raises ValueError for a layer that isn't there."""
@@ -76,7 +83,7 @@ def check_clip_skip(clip_skip: int, layers: int) -> None:
 def load_clip(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
 ) -> ClipTextEncoder:
-    """The text model of a Stable Diffusion file, or of a diffusers `text_encoder` folder with its `config`.
+    """The text model of a Stable Diffusion or FLUX.1 file, or of a diffusers `text_encoder` folder with its `config`.
 
     Raises CheckpointError for a layout or a tensor that does not fit.
     """
@@ -118,4 +125,5 @@ def _config_from_shapes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         "num_attention_heads": width // HEAD_WIDTH,
         "max_position_embeddings": checkpoint.shape(f"{prefix}embeddings.position_embedding.weight")[0],
         "hidden_act": "quick_gelu",
+        "eos_token_id": vocabulary_size - 1,
     }

