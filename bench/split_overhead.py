@@ -28,7 +28,7 @@ from safelight import Client, EmbeddedStack
 from safelight.v1.work_pb2 import GenerationParameters, OutputOptions
 from services.common.manifest import DEMO_MODEL_PATH, Component, ModelEntry
 from services.decoder.images import to_pixels
-from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.models.sd15 import load_sd15 as load_sd15_decoder
 from services.decoder.output_files import picture_file
 from services.decoder.tiling import DEFAULT_TILING
 from services.denoiser.conditioning import PromptConditioning
@@ -72,7 +72,7 @@ class DirectPipeline:
         self._case = case
         self._encoder = SD15Encoder.load(case.entry, cpu)
         self._engine = DenoiserEngine({"model": load_sd15(case.entry, cpu)}, batch_cfg=True)
-        self._decoder = SD15Decoder.load(case.entry, cpu)
+        self._decoder = load_sd15_decoder(case.entry, cpu)
 
     def draw(self, seed: int) -> bytes:
         """A PNG."""

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL as DiffusersVAE
 from torch import Tensor
 
-from services.decoder.models.autoencoder_kl import AutoencoderKL, params_from_config
+from services.decoder.models.autoencoder_kl import AutoencoderKL, LatentScale, params_from_config
 from services.decoder.models.autoencoder_kl_keys import DIFFUSERS
 
 WIDTHS, TINY_WIDTHS = (128, 256, 512, 512), (32, 32, 64, 64)
@@ -55,7 +55,7 @@ def build_contenders(widths: tuple[int, ...], device: torch.device, dtype: torch
     torch.manual_seed(0)
     theirs = DiffusersVAE(**config).eval().to(device, dtype)
     weights = theirs.state_dict()
-    ours = AutoencoderKL(params_from_config(config)).eval().to(device, dtype)
+    ours = AutoencoderKL(params_from_config(config, LatentScale(factor=1.0))).eval().to(device, dtype)
     names = {name: DIFFUSERS.sources(name, len(widths)) for name in ours.state_dict()}
     ours.load_state_dict({name: torch.cat([weights[source] for source in names[name]]) for name in names})
     for parameter in ours.parameters():

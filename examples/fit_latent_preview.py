@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from services.common.manifest import ModelEntry
 from services.common.picture_files import PictureError
 from services.decoder.images import read_picture
-from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.registry import LOADERS, PictureDecoder
 from services.decoder.tiling import DEFAULT_TILING
+from services.modeling.components import detect_family
 
 FILE_NAME = "latent_preview.json"
 HELD_OUT = 5  # every so many pairs, one
@@ -49,7 +50,7 @@ class Fit:
     r_squared: float
 
 
-def pairs_of_pictures(decoder: SD15Decoder, folder: Path, limit: int) -> Iterator[Pair]:
+def pairs_of_pictures(decoder: PictureDecoder, folder: Path, limit: int) -> Iterator[Pair]:
     """Of up to so many picture files, in order of name; others are passed over."""
     factor = decoder.describe("").decoder.scale_factor
     for path in sorted(path for path in folder.iterdir() if path.is_file())[:limit]:
@@ -61,7 +62,7 @@ def pairs_of_pictures(decoder: SD15Decoder, folder: Path, limit: int) -> Iterato
         yield _pair(decoder.encode(picture, DEFAULT_TILING), picture)
 
 
-def pairs_of_noise(decoder: SD15Decoder, count: int) -> Iterator[Pair]:
+def pairs_of_noise(decoder: PictureDecoder, count: int) -> Iterator[Pair]:
     """Of smooth random latents: noise of several scales, of unit variance in all, as the latents of pictures have."""
     channels = decoder.describe("").decoder.latent_channels
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +140,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     output = arguments.output or arguments.model / FILE_NAME
-    decoder = SD15Decoder.load(ModelEntry(name="model", path=str(arguments.model)), torch.device(arguments.device))
+    entry = ModelEntry(name="model", path=str(arguments.model))
+    decoder = LOADERS[detect_family(entry)](entry, torch.device(arguments.device))
     with torch.inference_mode():
         found = (
             pairs_of_pictures(decoder, arguments.pictures, arguments.count)

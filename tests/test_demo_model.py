@@ -13,7 +13,7 @@ from PIL import Image
 
 from services.common.manifest import DEMO_MODEL, DEMO_MODEL_PATH
 from services.decoder.images import to_pixels
-from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.models.sd15 import load_sd15
 from services.decoder.tiling import Tiling
 from tests.support.cluster import run_cluster
 
@@ -47,7 +47,7 @@ async def test_four_services_draw_the_picture_that_diffusers_draws() -> None:
 
 
 def test_its_large_pictures_are_tiled_without_visible_seams() -> None:
-    decoder = SD15Decoder.load(DEMO_MODEL, torch.device("cpu"))
+    decoder = load_sd15(DEMO_MODEL, torch.device("cpu"))
     image = torch.zeros(1, 3, 256, 256)
     image[..., 64:192, 64:192] = 1.0
     whole = Tiling(untiled_area=32 * 32)

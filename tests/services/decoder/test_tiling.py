@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.decoder.models.autoencoder_kl import AutoencoderKL, AutoencoderKLParams
+from services.decoder.models.autoencoder_kl import AutoencoderKL, AutoencoderKLParams, LatentScale
 from services.decoder.tiling import Tiles, Tiling, tiled_decode, tiled_encode
 
 SMALL = Tiling(tile=12, overlap=4, untiled_area=0)
@@ -19,8 +19,7 @@ def small_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_groups=2,
         quant_conv=True,
-        scaling_factor=1.0,
-        shift_factor=0.0,
+        latent_scale=LatentScale(factor=1.0),
     )
     return AutoencoderKL(params)
 

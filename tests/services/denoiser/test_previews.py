@@ -17,7 +17,7 @@ from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.model_service_pb2 import GetModelRequest
 from safelight.v1.model_service_pb2_grpc import ModelServiceStub
 from services.common.manifest import DEMO_MODEL, DEMO_MODEL_PATH
-from services.decoder.models.sd15 import SD15Decoder
+from services.decoder.models.sd15 import load_sd15
 from services.denoiser.previews import FILE_NAME, LatentPreviewMap, load_preview_map
 from tests.support.running_denoiser import RunningDenoiser, StartDenoiser, kinds, latents_of
 from tests.support.stage_requests import denoise_request
@@ -68,7 +68,7 @@ def test_a_file_that_is_no_map_for_the_model_is_refused_by_name(tmp_path: Path, 
 
 def test_the_demo_models_map_is_that_of_its_vae() -> None:
     content = json.loads((DEMO_MODEL_PATH / FILE_NAME).read_text())
-    assert content["vae_fingerprint"] == SD15Decoder.load(DEMO_MODEL, torch.device("cpu")).fingerprint
+    assert content["vae_fingerprint"] == load_sd15(DEMO_MODEL, torch.device("cpu")).fingerprint
     assert load_preview_map(DEMO_MODEL_PATH / FILE_NAME, 4) is not None
 
 

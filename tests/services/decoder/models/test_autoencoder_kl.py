@@ -14,14 +14,18 @@ from torch import Tensor
 from services.decoder.models.autoencoder_kl import (
     AutoencoderKL,
     AutoencoderKLParams,
+    LatentScale,
     load_autoencoder_kl,
     params_from_config,
 )
 from services.decoder.models.autoencoder_kl_keys import DIFFUSERS, DIFFUSERS_BEFORE_0_17, ORIGINAL, Layout
 from services.modeling.weights import CheckpointError, open_checkpoint
+from tests.support.flux_layout import original_vae_tensors
 from tests.support.ldm_layout import ldm_vae_tensors
 
 CPU = torch.device("cpu")
+SD15_SCALE = LatentScale(factor=0.18215)
+FLUX_SCALE = LatentScale(factor=0.3611, shift=0.1159)
 SD15_CONFIG = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -58,11 +62,13 @@ def reference_vae(config: Mapping[str, Any]) -> ReferenceVAE:
     return vae.requires_grad_(False)
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> AutoencoderKL:
+def load(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, scale: LatentScale = SD15_SCALE
+) -> AutoencoderKL:
     """Our VAE from a checkpoint file that holds `tensors`."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "vae.safetensors")
     checkpoint = open_checkpoint(folder / "vae.safetensors")
-    return load_autoencoder_kl(checkpoint, config, device=CPU, dtype=torch.float32)
+    return load_autoencoder_kl(checkpoint, config, device=CPU, dtype=torch.float32, latent_scale=scale)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -131,18 +137,41 @@ def test_a_single_file_needs_no_config(tmp_path: Path) -> None:
     single_file = ldm_vae_tensors(reference_vae(config).state_dict(), levels=2)
     single_file["model.diffusion_model.out.0.weight"] = torch.zeros(3)  # of the UNet, which shares the file
     vae = load(tmp_path, single_file, config=None)
-    assert vae.params == params_from_config(config)
+    assert vae.params == params_from_config(config, SD15_SCALE)
 
 
-def test_other_latents_need_a_config_for_their_scale(tmp_path: Path) -> None:
-    config = small_config(32, 64, latent_channels=16)
-    with pytest.raises(CheckpointError, match="16 latent channels"):
-        load(tmp_path, reference_vae(config).state_dict(), config=None)
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_flux_has_more_channels_a_shift_and_no_quant_convolutions(tmp_path: Path, prefix: str) -> None:
+    config = small_config(
+        32,
+        64,
+        latent_channels=16,
+        norm_num_groups=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=FLUX_SCALE.factor,
+        shift_factor=FLUX_SCALE.shift,
+    )
+    reference = reference_vae(config)
+    single_file = original_vae_tensors(reference.state_dict(), levels=2, prefix=prefix)
+    by_shapes = load(tmp_path, single_file, None, FLUX_SCALE)
+    by_config = load(tmp_path, reference.state_dict(), config)
+    assert by_shapes.params == by_config.params
+    image, latents = torch.randn(1, 3, 16, 12).clamp(-1, 1), torch.randn(1, 16, 6, 5)
+    expected_latents = (reference.encode(image).latent_dist.mode() - 0.1159) * 0.3611
+    expected_image = reference.decode(latents / 0.3611 + 0.1159).sample
+    for vae in (by_shapes, by_config):
+        assert relative_error(vae.normalize(vae.encode(image)), expected_latents) <= 1e-5
+        assert relative_error(vae.decode(vae.denormalize(latents)), expected_image) <= 1e-5
+
+
+def test_a_config_that_names_no_scale_has_its_familys() -> None:
+    assert params_from_config(small_config(32, 64), FLUX_SCALE).latent_scale == FLUX_SCALE
 
 
 def real_width_names(layout: Layout) -> list[str]:
     with torch.device("meta"):
-        vae = AutoencoderKL(params_from_config(SD15_CONFIG))
+        vae = AutoencoderKL(params_from_config(SD15_CONFIG, SD15_SCALE))
     return [source for name in vae.state_dict() for source in layout.sources(name, levels=4)]
 
 
@@ -170,12 +199,12 @@ def test_names_are_a_bijection_with_the_real_checkpoints() -> None:
 )
 def test_an_option_that_would_change_the_picture_is_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
-        params_from_config({**SD15_CONFIG, **change})
+        params_from_config({**SD15_CONFIG, **change}, SD15_SCALE)
 
 
 def test_a_config_without_its_sizes_is_refused() -> None:
     with pytest.raises(CheckpointError, match="block_out_channels"):
-        params_from_config({"scaling_factor": 0.13025})
+        params_from_config({"scaling_factor": 0.13025}, SD15_SCALE)
 
 
 def test_a_wrong_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -195,8 +224,7 @@ def test_denormalize_undoes_normalize() -> None:
         latent_channels=16,
         norm_groups=1,
         quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
+        latent_scale=LatentScale(factor=0.3611, shift=0.1159),
     )
     vae, mean = AutoencoderKL(params), torch.randn(1, 16, 2, 2)
     torch.testing.assert_close(vae.normalize(mean), (mean - 0.1159) * 0.3611)
