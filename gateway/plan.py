@@ -140,5 +140,9 @@ def _sampling(given: SamplingOptions, model: ModelDescription) -> SamplingOption
 
 
 def _guidance(given: GuidanceOptions, model: ModelDescription) -> GuidanceOptions:
-    scale = given.scale if given.HasField("scale") else model.denoiser.default_guidance_scale
-    return GuidanceOptions(scale=scale)
+    denoiser = model.denoiser
+    guidance = GuidanceOptions(scale=given.scale if given.HasField("scale") else denoiser.default_guidance_scale)
+    if denoiser.HasField("default_distilled_scale"):
+        usual = denoiser.default_distilled_scale
+        guidance.distilled_scale = given.distilled_scale if given.HasField("distilled_scale") else usual
+    return guidance

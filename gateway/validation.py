@@ -58,14 +58,14 @@ def _prompt_violations(request: GenerateRequest, model: ModelDescription) -> Ite
 
 
 def _size_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
-    factor = model.decoder.scale_factor
+    factor = model.decoder.scale_factor * max(model.denoiser.latent_multiple, 1)
     for field, pixels in (("width", request.width), ("height", request.height)):
         if pixels and (pixels < MIN_PIXELS or pixels % factor):
             nearest = max(MIN_PIXELS, round(pixels / factor) * factor)
             yield FieldViolation(
                 field, f"is {pixels}; must be a multiple of {factor}, at least {MIN_PIXELS}: try {nearest}"
             )
-    area, limit = request.width * request.height, model.denoiser.max_latent_area * factor**2
+    area, limit = request.width * request.height, model.denoiser.max_latent_area * model.decoder.scale_factor**2
     if area > limit:
         yield FieldViolation("width", f"{request.width}x{request.height} has more than the {limit} pixels allowed")
 
@@ -78,7 +78,8 @@ def _sampling_violations(request: GenerateRequest, model: ModelDescription) -> I
     yield from _choice("sampling.sampler", sampling.sampler, denoiser.samplers)
     yield from _choice("sampling.schedule", sampling.schedule, denoiser.schedules)
     yield from check_range("guidance.scale", request.guidance.scale, 0, MAX_GUIDANCE_SCALE)
-    if request.guidance.HasField("distilled_scale"):
+    yield from check_range("guidance.distilled_scale", request.guidance.distilled_scale, 0, MAX_GUIDANCE_SCALE)
+    if request.guidance.HasField("distilled_scale") and not denoiser.HasField("default_distilled_scale"):
         yield FieldViolation("guidance.distilled_scale", f"model {model.name!r} takes none; leave it out")
 
 

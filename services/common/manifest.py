@@ -98,7 +98,7 @@ class ModelEntry:
     encoder: Component = Component()
     denoiser: Component = Component()
     decoder: Component = Component()
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def defaults_over(self, family: Defaults) -> Defaults:
         """The defaults of requests: the manifest's over the family's.
@@ -156,7 +156,7 @@ def _parse_model(entry: object, where: str) -> ModelEntry:
     return ModelEntry(**values)
 
 
-def _parse_defaults(entry: object, where: str) -> dict[str, float]:
+def _parse_defaults(entry: object, where: str) -> dict[str, Any]:
     defaults = _known(Defaults, entry, where)
     for name, value in defaults.items():
         if name == "steps":

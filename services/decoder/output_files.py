@@ -59,11 +59,17 @@ def latents_file(latents: Tensor) -> OutputFile:
     return OutputFile(bytes(data), _LATENTS_MEDIA_TYPE)
 
 
+def _distilled_scale(guidance: pb.GuidanceOptions) -> dict[str, ParameterValue]:
+    """Under the name that Forge gave it."""
+    return {"Distilled CFG Scale": round(guidance.distilled_scale, 6)} if guidance.HasField("distilled_scale") else {}
+
+
 def embedded_parameters(parameters: pb.GenerationParameters) -> GenerationParameters:
     """What is written into a picture of the parameters it was made with."""
     details: dict[str, ParameterValue] = {
         "Schedule type": parameters.sampling.schedule,
         "Clip skip": parameters.clip_skip,
+        **_distilled_scale(parameters.guidance),
         **({"Denoising strength": round(parameters.strength, 6)} if parameters.HasField("strength") else {}),
         **{f"{name.capitalize()} hash": value for name, value in sorted(parameters.fingerprints.items())},
     }

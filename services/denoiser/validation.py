@@ -42,6 +42,9 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
     yield from check_seed("seed", request.seed)
     yield from check_range("sampling.steps", request.sampling.steps, 0, model.max_steps)
     yield from check_range("guidance.scale", request.guidance.scale, 0, _MAX_GUIDANCE_SCALE)
+    yield from check_range("guidance.distilled_scale", request.guidance.distilled_scale, 0, _MAX_GUIDANCE_SCALE)
+    if request.guidance.HasField("distilled_scale") and not model.HasField("default_distilled_scale"):
+        yield FieldViolation("guidance.distilled_scale", f"model {request.model!r} takes none; leave it out")
     yield from check_range("context.priority", request.context.priority, -100, 100)
     yield from check_deadline(request.context)
     yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.max_steps)
@@ -59,6 +62,10 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
 def _shape_violations(shape: list[int], model: DenoiserDescription) -> Iterator[FieldViolation]:
     if len(shape) != 3 or shape[0] != model.latent_channels or min(shape) < _MIN_EXTENT:
         yield FieldViolation("latent_shape", f"is {shape}; must be [{model.latent_channels}, height, width]")
+    elif any(extent % max(model.latent_multiple, 1) for extent in shape[1:]):
+        yield FieldViolation(
+            "latent_shape", f"is {shape}; height and width must be multiples of {model.latent_multiple}"
+        )
     elif shape[1] * shape[2] > model.max_latent_area:
         yield FieldViolation(
             "latent_shape", f"{shape[1]}x{shape[2]} is more than the {model.max_latent_area} elements allowed"

@@ -59,7 +59,9 @@ def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, sha
     The truth lies between the small step's time, where launching kernels is what takes time, and the ratio of the areas
     as much, where computing does; the guess is their geometric mean.
     """
-    small = (shape[0], *(max(side // _PROBE_RATIO, min(_MIN_PROBE_SIDE, side)) for side in shape[1:]))
+    multiple = max(denoiser.latent_multiple, 1)
+    sides = (max(side // _PROBE_RATIO, min(_MIN_PROBE_SIDE, side)) for side in shape[1:])
+    small = (shape[0], *(multiple * math.ceil(side / multiple) for side in sides))
     job = _job(engine, name, denoiser, small, steps=2)
     _, seconds = [_step_seconds(engine, [job]) for _ in range(2)]
     return seconds * math.sqrt(math.prod(shape) / math.prod(small))

@@ -119,6 +119,7 @@ class EventReader:
             schedule=sampling.schedule,
             schedule_parameters=dict(sampling.schedule_parameters),
             guidance_scale=parameters.guidance.scale,
+            distilled_guidance_scale=_distilled_scale(parameters.guidance),
             clip_skip=parameters.clip_skip,
             seed=parameters.seed,
             format=_FORMAT_NAMES.get(output.format, "png"),
@@ -135,6 +136,10 @@ class EventReader:
             file_sha256=_checked_sha256(data, receipt),
             client_version=_client_version(),
         )
+
+
+def _distilled_scale(guidance: work_pb2.GuidanceOptions) -> float | None:
+    return guidance.distilled_scale if guidance.HasField("distilled_scale") else None
 
 
 def _checked_sha256(data: bytes, receipt: pb.ImageReceipt) -> str:

@@ -73,7 +73,9 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
             steps=_given("steps", options.steps),
             min_steps=_given("min_steps", options.min_steps),
         ),
-        guidance=_guidance(options.guidance_scale),
+        guidance=work_pb2.GuidanceOptions(
+            scale=options.guidance_scale, distilled_scale=options.distilled_guidance_scale
+        ),
         clip_skip=_given("clip_skip", options.clip_skip),
         num_images=_given("num_images", options.num_images),
         seeds=[] if options.seed is None else [options.seed],
@@ -85,10 +87,6 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         preview=_preview(options.preview_every_steps),
         determinism=DETERMINISM[options.determinism],
     )
-
-
-def _guidance(scale: float | None) -> work_pb2.GuidanceOptions:
-    return work_pb2.GuidanceOptions() if scale is None else work_pb2.GuidanceOptions(scale=scale)
 
 
 def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:
@@ -138,9 +136,12 @@ def _to_model(description: ModelDescription) -> Model:
         family=description.family,
         width=denoiser.default_latent_width * decoder.scale_factor,
         height=denoiser.default_latent_height * decoder.scale_factor,
-        size_multiple=decoder.scale_factor,
+        size_multiple=decoder.scale_factor * max(denoiser.latent_multiple, 1),
         steps=denoiser.default_steps,
         guidance_scale=denoiser.default_guidance_scale,
+        distilled_guidance_scale=(
+            denoiser.default_distilled_scale if denoiser.HasField("default_distilled_scale") else None
+        ),
         samplers=tuple(denoiser.samplers),
         schedules=tuple(denoiser.schedules),
         max_tokens=encoder.max_tokens,

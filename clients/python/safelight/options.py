@@ -23,6 +23,8 @@ class GenerationOptions:
         schedule: "scaled_linear", "karras" or "exponential".
         schedule_parameters: e.g. {"rho": 7.0}.
         guidance_scale: of classifier-free guidance; at or below 1 the negative prompt is not used.
+        distilled_guidance_scale: guidance that a distilled model takes as an input (FLUX.1-dev), instead of or beside
+            the classifier-free one.
         clip_skip: CLIP layer to take, counted from the end; 1 is the last.
         seed: of the first picture; the others count up from it. None draws one, told in the result.
         num_images: how many pictures.
@@ -48,6 +50,7 @@ class GenerationOptions:
     schedule: str | None = None
     schedule_parameters: Mapping[str, float] = field(default_factory=dict)
     guidance_scale: float | None = None
+    distilled_guidance_scale: float | None = None
     clip_skip: int | None = None
     seed: int | None = None
     num_images: int = 1

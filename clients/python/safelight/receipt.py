@@ -72,6 +72,7 @@ class Receipt:
     schedule: str
     schedule_parameters: Mapping[str, float]
     guidance_scale: float
+    distilled_guidance_scale: float | None
     clip_skip: int
     seed: int
     format: str
@@ -178,6 +179,7 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "float": _one(float, int),
     "bool": _one(bool),
     "int | None": _one(int, type(None)),
+    "float | None": _one(float, int, type(None)),
     "Mapping[str, float]": _map(float, int),
     "Mapping[str, str]": _map(str),
     "tuple[StageSeconds, ...]": _stages,

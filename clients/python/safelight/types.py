@@ -131,6 +131,7 @@ class Model:
         size_multiple: width and height must be multiples of it.
         steps: default number of steps.
         guidance_scale: default.
+        distilled_guidance_scale: default; None: the model takes none.
         samplers: the first is the default.
         schedules: the first is the default.
         max_tokens: of a prompt; the rest is cut and reported.
@@ -144,6 +145,7 @@ class Model:
     size_multiple: int
     steps: int
     guidance_scale: float
+    distilled_guidance_scale: float | None
     samplers: tuple[str, ...]
     schedules: tuple[str, ...]
     max_tokens: int

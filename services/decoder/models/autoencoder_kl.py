@@ -271,7 +271,8 @@ def params_from_config(config: Mapping[str, Any], usual: LatentScale) -> Autoenc
             norm_groups=options["norm_num_groups"],
             quant_conv=options["use_quant_conv"],
             latent_scale=LatentScale(
-                factor=options.get("scaling_factor", usual.factor), shift=options.get("shift_factor", usual.shift) or 0.0
+                factor=options.get("scaling_factor", usual.factor),
+                shift=options.get("shift_factor", usual.shift) or 0.0,
             ),
         )
     except KeyError as error:

@@ -92,10 +92,8 @@ class FluxEncoder:
         """`prompt_embeds` [1, 512, D] and `pooled_prompt_embeds` [1, D'] of each prompt."""
         token_ids = torch.tensor([prompt.ids for prompt in prompts], device=self._device)
         clip_ids, t5_ids = token_ids[:, : self._clip.positions], token_ids[:, self._clip.positions :]
-        return [
-            {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            for embeds, pooled in zip(self._t5(t5_ids).split(1), self._clip.pooled(clip_ids).split(1), strict=True)
-        ]
+        rows = zip(torch.split(self._t5(t5_ids), 1), torch.split(self._clip.pooled(clip_ids), 1), strict=True)
+        return [{"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} for embeds, pooled in rows]
 
 
 def _tokenizer_folder(entry: ModelEntry, own: str, usual: str) -> Path:

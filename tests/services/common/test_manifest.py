@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.manifest import DEMO_MODEL, Component, Defaults, ManifestError, ModelEntry, load_manifest
+from services.common.manifest import DEMO_MODEL, Component, ManifestError, ModelEntry, load_manifest
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ models:
         encoder=Component(dtype="float16"),
         denoiser=Component(dtype="bfloat16", path="/weights/unet.safetensors"),
         decoder=Component(path="/weights/vae.safetensors", dtype="float32"),
-        defaults=Defaults(steps=4, guidance_scale=1),
+        defaults={"steps": 4, "guidance_scale": 1},
     )
     assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
 

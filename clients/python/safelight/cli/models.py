@@ -30,7 +30,7 @@ def models(
 
 
 def _table(served: Sequence[Model]) -> Table:
-    table = Table("model", "family", "size", "steps", "guidance", "samplers", "schedules", box=None)
+    table = Table("model", "family", "size", "steps", "guidance", "distilled", "samplers", "schedules", box=None)
     for model in served:
         table.add_row(
             model.name,
@@ -38,6 +38,7 @@ def _table(served: Sequence[Model]) -> Table:
             f"{model.width}×{model.height}",
             str(model.steps),
             f"{model.guidance_scale:g}",
+            "" if model.distilled_guidance_scale is None else f"{model.distilled_guidance_scale:g}",
             " ".join(model.samplers),
             " ".join(model.schedules),
         )

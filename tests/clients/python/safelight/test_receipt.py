@@ -26,6 +26,7 @@ RECEIPT = Receipt(
     schedule="karras",
     schedule_parameters={},
     guidance_scale=3.5,
+    distilled_guidance_scale=2.5,
     clip_skip=2,
     seed=2**63 - 1,
     format="jpeg",
