@@ -165,12 +165,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def joint_fingerprint(checkpoints: Sequence[Checkpoint]) -> str:
-    """32 hex digits that tell several networks' weights, in their order, apart from others."""
-    fingerprints = [checkpoint.fingerprint for checkpoint in checkpoints]
-    return hashlib.blake2b("\0".join(fingerprints).encode(), digest_size=16).hexdigest()
-
-
 def open_checkpoint(path: Path | Sequence[Path]) -> Checkpoint:
     """Opens a safetensors or GGUF file, several merged in order, a sharded checkpoint's index, or a folder with one.
 

