@@ -84,16 +84,19 @@ class DecodeResult(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
     """Media type of the file."""
     file_size: _builtins.int
     """Size of the file in bytes."""
     width: _builtins.int
-    """Width of the picture in pixels; 0 for latents."""
+    """Width of the picture or film in pixels; 0 for latents."""
     height: _builtins.int
-    """Height of the picture in pixels; 0 for latents."""
+    """Height of the picture or film in pixels; 0 for latents."""
     sha256: _builtins.bytes
     """SHA-256 of the file, 32 bytes."""
+    frames: _builtins.int
+    """Frames of the film; 1 for a picture, 0 for latents."""
     @_builtins.property
     def timing(self) -> _work_pb2.StageTiming:
         """What the decoder spent."""
@@ -107,10 +110,11 @@ class DecodeResult(_message.Message):
         height: _builtins.int = ...,
         timing: _work_pb2.StageTiming | None = ...,
         sha256: _builtins.bytes = ...,
+        frames: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_size", b"file_size", "height", b"height", "media_type", b"media_type", "sha256", b"sha256", "timing", b"timing", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_size", b"file_size", "frames", b"frames", "height", b"height", "media_type", b"media_type", "sha256", b"sha256", "timing", b"timing", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

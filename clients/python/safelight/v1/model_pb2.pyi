@@ -147,6 +147,9 @@ class DenoiserDescription(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     CALLS_PER_STEP_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    DEFAULT_FRAMES_FIELD_NUMBER: _builtins.int
+    MAX_LATENT_VOLUME_FIELD_NUMBER: _builtins.int
+    DEFAULT_FPS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     latent_channels: _builtins.int
@@ -175,6 +178,12 @@ class DenoiserDescription(_message.Message):
     """Whether it is told the sizes of the picture that it draws (SDXL)."""
     adapters: _builtins.bool
     """Whether LoRAs can be applied to it."""
+    default_frames: _builtins.int
+    """Frames of a film when a request has none; 0: it makes pictures."""
+    max_latent_volume: _builtins.int
+    """Most latent elements of a film, over all its latent frames; 0 for pictures."""
+    default_fps: _builtins.float
+    """Frames per second of a film when a request has none."""
     @_builtins.property
     def conditioning(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the conditioning tensors it needs."""
@@ -217,10 +226,13 @@ class DenoiserDescription(_message.Message):
         inputs: _abc.Iterable[_work_pb2.MediaRole.ValueType] | None = ...,
         calls_per_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         adapters: _builtins.bool = ...,
+        default_frames: _builtins.int = ...,
+        max_latent_volume: _builtins.int = ...,
+        default_fps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "default_distilled_scale", b"default_distilled_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_fps", b"default_fps", "default_frames", b"default_frames", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_latent_volume", b"max_latent_volume", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_distilled_scale: _TypeAlias = _typing.Literal["default_distilled_scale"]  # noqa: Y015
     _WhichOneofArgType__default_distilled_scale: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale"]  # noqa: Y015
@@ -239,6 +251,7 @@ class DecoderDescription(_message.Message):
     LATENT_CHANNELS_FIELD_NUMBER: _builtins.int
     FORMATS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    FRAMES_PER_LATENT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     scale_factor: _builtins.int
@@ -247,6 +260,8 @@ class DecoderDescription(_message.Message):
     """Channels of the latents it takes."""
     dtype: _tensor_pb2.DataType.ValueType
     """Dtype of the computation."""
+    frames_per_latent: _builtins.int
+    """Frames of a film per latent frame after the first, which has a latent frame of its own; 0: it makes pictures."""
     @_builtins.property
     def formats(self) -> _containers.RepeatedScalarFieldContainer[_work_pb2.OutputFormat.ValueType]:
         """File formats it writes."""
@@ -259,10 +274,11 @@ class DecoderDescription(_message.Message):
         latent_channels: _builtins.int = ...,
         formats: _abc.Iterable[_work_pb2.OutputFormat.ValueType] | None = ...,
         dtype: _tensor_pb2.DataType.ValueType = ...,
+        frames_per_latent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "formats", b"formats", "latent_channels", b"latent_channels", "scale_factor", b"scale_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "formats", b"formats", "frames_per_latent", b"frames_per_latent", "latent_channels", b"latent_channels", "scale_factor", b"scale_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

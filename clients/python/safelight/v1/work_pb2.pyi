@@ -84,7 +84,7 @@ class _OutputFormat:
 class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTPUT_FORMAT_UNSPECIFIED: _OutputFormat.ValueType  # 0
-    """Not set: PNG."""
+    """Not set: PNG for a picture, MP4 for a film."""
     OUTPUT_FORMAT_PNG: _OutputFormat.ValueType  # 1
     """PNG, lossless."""
     OUTPUT_FORMAT_JPEG: _OutputFormat.ValueType  # 2
@@ -93,12 +93,20 @@ class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFo
     """WebP, lossy."""
     OUTPUT_FORMAT_LATENTS: _OutputFormat.ValueType  # 4
     """The final latents, undecoded, as a safetensors file with one tensor, "latents"."""
+    OUTPUT_FORMAT_MP4: _OutputFormat.ValueType  # 5
+    """A film as MP4, H.264."""
+    OUTPUT_FORMAT_WEBM: _OutputFormat.ValueType  # 6
+    """A film as WebM, VP9."""
+    OUTPUT_FORMAT_GIF: _OutputFormat.ValueType  # 7
+    """A film as GIF."""
+    OUTPUT_FORMAT_PNG_FRAMES: _OutputFormat.ValueType  # 8
+    """A film's frames as PNG files in a ZIP archive, lossless."""
 
 class OutputFormat(_OutputFormat, metaclass=_OutputFormatEnumTypeWrapper):
     """File format of a result."""
 
 OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.ValueType  # 0
-"""Not set: PNG."""
+"""Not set: PNG for a picture, MP4 for a film."""
 OUTPUT_FORMAT_PNG: OutputFormat.ValueType  # 1
 """PNG, lossless."""
 OUTPUT_FORMAT_JPEG: OutputFormat.ValueType  # 2
@@ -107,6 +115,14 @@ OUTPUT_FORMAT_WEBP: OutputFormat.ValueType  # 3
 """WebP, lossy."""
 OUTPUT_FORMAT_LATENTS: OutputFormat.ValueType  # 4
 """The final latents, undecoded, as a safetensors file with one tensor, "latents"."""
+OUTPUT_FORMAT_MP4: OutputFormat.ValueType  # 5
+"""A film as MP4, H.264."""
+OUTPUT_FORMAT_WEBM: OutputFormat.ValueType  # 6
+"""A film as WebM, VP9."""
+OUTPUT_FORMAT_GIF: OutputFormat.ValueType  # 7
+"""A film as GIF."""
+OUTPUT_FORMAT_PNG_FRAMES: OutputFormat.ValueType  # 8
+"""A film's frames as PNG files in a ZIP archive, lossless."""
 Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
@@ -504,7 +520,7 @@ class OutputOptions(_message.Message):
     format: Global___OutputFormat.ValueType
     """File format."""
     quality: _builtins.int
-    """Quality of lossy formats, 1 to 100; 0: the default of 95. PNG takes none."""
+    """Quality of lossy formats, 1 to 100; 0: the default of 95, of films 75. PNG and GIF take none."""
     omit_metadata: _builtins.bool
     """Leave the generation parameters out of the file's metadata."""
     def __init__(
@@ -602,6 +618,8 @@ class GenerationParameters(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
+    NUM_FRAMES_FIELD_NUMBER: _builtins.int
+    FPS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt."""
     negative_prompt: _builtins.str
@@ -618,6 +636,10 @@ class GenerationParameters(_message.Message):
     """Seed of the noise."""
     strength: _builtins.float
     """How much of the input picture was replaced, 0 to 1; unset without one."""
+    num_frames: _builtins.int
+    """Frames of a film; 0: a picture."""
+    fps: _builtins.float
+    """Frames per second of a film."""
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
         """Sampler, schedule and steps."""
@@ -659,10 +681,12 @@ class GenerationParameters(_message.Message):
         inputs: _abc.Iterable[Global___MediaDigest] | None = ...,
         strength: _builtins.float | None = ...,
         size_conditioning: Global___SizeConditioning | None = ...,
+        num_frames: _builtins.int = ...,
+        fps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "guidance", b"guidance", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "clip_skip", b"clip_skip", "fingerprints", b"fingerprints", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "clip_skip", b"clip_skip", "fingerprints", b"fingerprints", "fps", b"fps", "guidance", b"guidance", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompt", b"negative_prompt", "num_frames", b"num_frames", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
