@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from safelight.errors import OutOfMemoryError
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, FileChunk, StageTiming
 from services.common.batch_costs import WorkKind
-from services.common.batching import Batcher
 from services.common.exchange import CHUNK_BYTES, TensorReader, TensorStore
-from services.common.executor import DeviceExecutor
 from services.common.fingerprints import check_own_fingerprint, check_tensor_fingerprint
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
 from services.common.picture_files import PictureLimits
 from services.common.received_bytes import received_bytes
+from services.decoder.device_work import DeviceWork
+from services.decoder.film_decoding import FilmDecoding
 from services.decoder.images import to_pixels
 from services.decoder.input_pictures import paste_original, read_input
 from services.decoder.output_files import OutputFile, latents_file, picture_file
 from services.decoder.registry import PictureDecoder
 from services.decoder.tiling import Tiling
 from services.decoder.validation import check_decode, check_encode_image
-from services.modeling.memory import is_out_of_memory
 from services.modeling.wire import TorchPayload, check_finite, make_header, read_tensor
 
-Computation = Callable[[], Tensor]
-DeviceQueue = Batcher[Computation, Tensor]
 _UPLOADS_READ_AT_ONCE = 2  # a small file may hold many pixels
 
 
@@ -41,8 +37,9 @@ _UPLOADS_READ_AT_ONCE = 2  # a small file may hold many pixels
 class Decoding:
     """Runs requests against the device that all of them share."""
 
-    decoders: Mapping[str, PictureDecoder]
-    queue: DeviceQueue
+    pictures: Mapping[str, PictureDecoder]
+    films: FilmDecoding
+    device: DeviceWork
     reader: TensorReader
     store: TensorStore
     metrics: Metrics
@@ -64,6 +61,8 @@ class Decoding:
         latents = await read_tensor(self.reader, request.latents, "latents")
         if request.output.format == OUTPUT_FORMAT_LATENTS:
             file, timing = latents_file(latents), StageTiming(stage="decoder")
+        elif description.frames_per_latent:
+            file, timing = await self.films.run(request, latents)
         else:
             file, timing = await self._picture(request, latents)
         timing.received_bytes = received_bytes([request.latents], self.store.exchange_id)
@@ -83,9 +82,9 @@ class Decoding:
         check_own_fingerprint(request.context, "decoder", description.fingerprint)
         async with self._reading:
             image, mask = await asyncio.to_thread(read_input, request, description, self.limits)
-        decoder = self.decoders[request.model]
+        decoder = self.pictures[request.model]
         kind = WorkKind(request.model, tuple(side // description.scale_factor for side in image.shape[-2:]))
-        latents, timing = await self._compute(kind, lambda: decoder.encode(image, self.tiling))
+        latents, timing = await self.device.compute(kind, lambda: decoder.encode(image, self.tiling))
         check_finite(latents, "the encoded picture")
         response = pb.EncodeImageResponse(latents=await self._lease(latents, decoder.fingerprint), timing=timing)
         if mask is not None:
@@ -96,39 +95,15 @@ class Decoding:
         return await self.store.put(make_header(tensor, "BCHW", fingerprint), TorchPayload(tensor))
 
     async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
-        decoder = self.decoders[request.model]
+        decoder = self.pictures[request.model]
         kind = WorkKind(request.model, tuple(latents.shape[1:]))
-        image, timing = await self._compute(kind, lambda: decoder.decode(latents, self.tiling))
+        image, timing = await self.device.compute(kind, lambda: decoder.decode(latents, self.tiling))
         check_finite(image, "the decoded picture")
         pixels = await asyncio.to_thread(to_pixels, image[0])
         if request.mask:
             async with self._reading:
                 pixels = await asyncio.to_thread(paste_original, pixels, request, self.limits)
         return await asyncio.to_thread(picture_file, pixels, request.output, request.parameters), timing
-
-    async def _compute(self, kind: WorkKind, computation: Computation) -> tuple[Tensor, StageTiming]:
-        """Run on the device, after those that came before."""
-        tensor, queued, computed = await self.queue.submit(computation, kind)
-        self.metrics.queue_seconds.labels("decoder").observe(queued)
-        self.metrics.stage_seconds.labels("decoder", kind.model).observe(computed)
-        return tensor, StageTiming(stage="decoder", queue_seconds=queued, compute_seconds=computed)
-
-
-async def compute_on(executor: DeviceExecutor, computation: Computation) -> Tensor:
-    """The computation's result, from the device's thread.
-
-    Raises:
-        OutOfMemoryError: it does not fit the device.
-    """
-    try:
-        return await executor.run(computation)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            "the picture does not fit the device's memory: ask for a smaller size, or lower untiled_area",
-            stage="decoder",
-        ) from error
 
 
 def _chunks(file: OutputFile) -> list[FileChunk]:
@@ -147,6 +122,7 @@ def _result(file: OutputFile, sha256: bytes, timing: StageTiming) -> pb.DecodeRe
         file_size=len(file.data),
         width=file.width,
         height=file.height,
+        frames=file.frames,
         timing=timing,
         sha256=sha256,
     )

@@ -151,12 +151,12 @@ class FfmpegWriter:
 
 
 class FramesWriter:
-    """A ZIP archive of PNG files, uncompressed because PNGs are; `comment`, if not empty, is a text file beside them."""
+    """A ZIP archive of PNG files, stored as they are; `comment`, if not empty, is a text file beside them."""
 
     media_type = "application/zip"
 
     def __init__(self, comment: str) -> None:
-        self._file = tempfile.TemporaryFile(prefix="safelight-film-")
+        self._file = tempfile.TemporaryFile(prefix="safelight-film-")  # noqa: SIM115 - closed by `discard`
         self._archive = zipfile.ZipFile(self._file, "w")
         self._count = 0
         if comment:

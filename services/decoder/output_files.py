@@ -27,12 +27,13 @@ _LATENTS_MEDIA_TYPE = "application/vnd.safetensors"
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A finished file; width and height are 0 when it is no picture."""
+    """A finished file; width, height and frames are 0 when there is nothing to see in it."""
 
     data: bytes
     media_type: str
     width: int = 0
     height: int = 0
+    frames: int = 0
 
 
 def picture_file(
@@ -50,7 +51,7 @@ def picture_file(
     except PictureError as error:
         raise InvalidRequestError.of("output", str(error)) from error
     height, width = pixels.shape[:2]
-    return OutputFile(data, f"image/{picture_format.value.lower()}", width, height)
+    return OutputFile(data, f"image/{picture_format.value.lower()}", width, height, frames=1)
 
 
 def latents_file(latents: Tensor) -> OutputFile:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.decoder.models.flux import load_flux
 from services.decoder.models.sd15 import load_sd15
+from services.decoder.models.wan import WanDecoder
 from services.decoder.tiling import Tiling
 
 
+@runtime_checkable
 class PictureDecoder(Protocol):
     """What the engine needs of a model family."""
 
@@ -33,7 +35,29 @@ class PictureDecoder(Protocol):
         ...
 
 
-LOADERS: dict[str, Callable[[ModelEntry, torch.device], PictureDecoder]] = {
+@runtime_checkable
+class FilmDecoder(Protocol):
+    """What the engine needs of a family that makes films."""
+
+    fingerprint: str
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model; `frames_per_latent` says that it makes films."""
+        ...
+
+    def decode_film(self, latents: Tensor, tiling: Tiling) -> Iterator[Tensor]:
+        """Latents [1, C, T, h, w] to the frames [n, 3, H, W], about in [-1, 1], of each latent frame, in order."""
+        ...
+
+    def encode_film(self, pieces: Iterable[Tensor], tiling: Tiling) -> Tensor:
+        """A film's frames [n, 3, H, W] in [-1, 1], those of each latent frame together, to latents [1, C, T, h, w]."""
+        ...
+
+
+Decoder: TypeAlias = PictureDecoder | FilmDecoder
+
+LOADERS: dict[str, Callable[[ModelEntry, torch.device], Decoder]] = {
     "sd15": load_sd15,
     "flux": load_flux,
+    "wan": WanDecoder.load,
 }

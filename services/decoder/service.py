@@ -8,15 +8,19 @@ from torch import Tensor
 
 from safelight.v1 import decoder_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS
 from services.common.batching import BatchLimits
 from services.common.executor import DeviceExecutor
 from services.common.manifest import load_manifest
 from services.common.picture_files import PictureLimits
 from services.common.server import Service
 from services.common.stage import Surroundings, stage_mounts
-from services.decoder.decoding import Computation, Decoding, DeviceQueue, compute_on
+from services.decoder.decoding import Decoding
+from services.decoder.device_work import Computation, DeviceQueue, DeviceWork, compute_on
+from services.decoder.film_decoding import FilmDecoding
+from services.decoder.film_files import FILM_FORMATS
 from services.decoder.output_files import FORMATS
-from services.decoder.registry import LOADERS, PictureDecoder
+from services.decoder.registry import LOADERS, Decoder, FilmDecoder, PictureDecoder
 from services.decoder.servicer import DecoderServicer
 from services.decoder.settings import DecoderSettings
 from services.decoder.tiling import Tiling
@@ -41,14 +45,18 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
     # Batching does not pay in a VAE: one picture fills the device. The batcher is the bounded queue.
     limits = BatchLimits(max_size=1, max_wait_seconds=0.0, capacity=settings.queue_capacity)
     queue = DeviceQueue("decoder", run, limits, surroundings.metrics)
+    device_work = DeviceWork(queue, surroundings.metrics)
+    tiling = Tiling(tile=settings.tile_size, overlap=settings.tile_overlap, untiled_area=settings.untiled_area)
+    films = {name: decoder for name, decoder in decoders.items() if isinstance(decoder, FilmDecoder)}
     decoding = Decoding(
-        decoders,
-        queue,
+        {name: decoder for name, decoder in decoders.items() if isinstance(decoder, PictureDecoder)},
+        FilmDecoding(films, models, device_work, tiling),
+        device_work,
         surroundings.reader(settings),
         surroundings.store,
         surroundings.metrics,
         models,
-        Tiling(tile=settings.tile_size, overlap=settings.tile_overlap, untiled_area=settings.untiled_area),
+        tiling,
         PictureLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
     )
     servicer = DecoderServicer(decoding)
@@ -69,7 +77,8 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
     return Service("decoder", mounts, tuple(models), start, close, until_fetched=surroundings.store.until_empty)
 
 
-def _describe(name: str, decoder: PictureDecoder) -> ModelDescription:
+def _describe(name: str, decoder: Decoder) -> ModelDescription:
     description = decoder.describe(name)
-    description.decoder.formats.extend(FORMATS)
+    makes_films = description.decoder.frames_per_latent > 0
+    description.decoder.formats.extend((*FILM_FORMATS, OUTPUT_FORMAT_LATENTS) if makes_films else FORMATS)
     return description

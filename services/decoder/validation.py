@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from safelight.errors import FieldViolation, InvalidRequestError
+from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.decoder_service_pb2 import DecodeRequest, EncodeImageRequest
 from safelight.v1.model_pb2 import DecoderDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
@@ -34,8 +34,11 @@ def check_encode_image(request: EncodeImageRequest, model: DecoderDescription, m
     """Check the size that a picture is to be scaled to; 0 by 0 is its own, which only its file tells.
 
     Raises:
+        UnsupportedError: the model makes films.
         InvalidRequestError: it does not fit the model, or has more pixels than a picture may have.
     """
+    if model.frames_per_latent:
+        raise UnsupportedError(f"image: model {request.model!r} makes films; it takes no picture here", field="image")
     width, height, factor = request.width, request.height, model.scale_factor
     if width == height == 0:
         return
@@ -48,8 +51,10 @@ def check_encode_image(request: EncodeImageRequest, model: DecoderDescription, m
 
 def _violations(request: DecodeRequest, model: DecoderDescription) -> Iterator[FieldViolation]:
     shape = list(request.latents.header.shape)
-    if len(shape) != 4 or shape[:2] != [1, model.latent_channels] or min(shape) < 1:
-        yield FieldViolation("latents", f"has shape {shape}; must be [1, {model.latent_channels}, height, width]")
+    axes = ["frames", "height", "width"] if model.frames_per_latent else ["height", "width"]
+    if len(shape) != 2 + len(axes) or shape[:2] != [1, model.latent_channels] or min(shape) < 1:
+        expected = ", ".join(["1", str(model.latent_channels), *axes])
+        yield FieldViolation("latents", f"has shape {shape}; must be [{expected}]")
     yield from check_range("output.quality", request.output.quality, 0, 100)
     if request.output.format not in (OUTPUT_FORMAT_UNSPECIFIED, *model.formats):
         known = ", ".join(OutputFormat.Name(known) for known in model.formats)

@@ -22,6 +22,7 @@ _PIPELINE_FAMILIES = {
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "FluxPipeline": "flux",
+    "WanPipeline": "wan",
 }
 # Keys of which a single file of the family has one, and those below it lack all.
 _FAMILY_KEYS = {

@@ -1,0 +1,156 @@
+"""Films through the decoder's real server: files, metadata, memory, and callers that go away."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from torch import Tensor
+
+from safelight.errors import InvalidRequestError, NonFiniteError, UnsupportedError, from_rpc_error
+from safelight.v1 import work_pb2
+from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult, EncodeImageRequest
+from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
+from services.decoder.images import to_pixels
+from services.decoder.service import build_decoder
+from services.decoder.settings import DecoderSettings
+from tests.serving import StartStage, failure
+from tests.support.stage_requests import decode_request
+from tests.support.tiny_wan import save_tiny_wan
+
+LATENT_FRAMES, FRAMES = 3, 9
+LATENTS = torch.randn(1, 16, LATENT_FRAMES, 6, 8, generator=torch.Generator().manual_seed(0))
+
+Start = Callable[..., Awaitable[DecoderServiceStub]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("wan") / "tiny")
+
+
+@pytest.fixture
+def start(start_stage: StartStage, model: Path, tmp_path: Path) -> Start:
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(f"models:\n  - {{name: tiny, path: {model}}}\n")
+
+    async def start_decoder(**settings: Any) -> DecoderServiceStub:
+        running = await start_stage(DecoderSettings(manifest=str(manifest), device="cpu", **settings), build_decoder)
+        return DecoderServiceStub(running.channel)
+
+    return start_decoder
+
+
+def request(latents: Tensor = LATENTS, **output: Any) -> DecodeRequest:
+    wanted = decode_request(latents)
+    wanted.output.CopyFrom(work_pb2.OutputOptions(**output))
+    wanted.parameters.prompt = "a red apple bouncing"
+    return wanted
+
+
+async def decode(stub: DecoderServiceStub, wanted: DecodeRequest) -> tuple[bytes, DecodeResult]:
+    events = [event async for event in stub.Decode(wanted, timeout=60)]
+    return b"".join(event.chunk.data for event in events[:-1]), events[-1].result
+
+
+def frames_of(archive: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    files = zipfile.ZipFile(io.BytesIO(archive))
+    names = sorted(name for name in files.namelist() if name.endswith(".png"))
+    return np.stack([np.asarray(Image.open(io.BytesIO(files.read(name)))) for name in names])
+
+
+@torch.inference_mode()
+def reference_frames(model: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    vae = AutoencoderKLWan.from_pretrained(model / "vae")
+    mean, std = (LATENTS.new_tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    film = vae.decode(LATENTS * std + mean).sample[0]
+    return np.stack([to_pixels(frame) for frame in film.unbind(1)])
+
+
+async def test_the_frames_are_those_that_diffusers_decodes(start: Start, model: Path) -> None:
+    data, result = await decode(await start(), request(format=work_pb2.OUTPUT_FORMAT_PNG_FRAMES))
+    assert (result.width, result.height, result.frames) == (64, 48, FRAMES)
+    difference = frames_of(data).astype(int) - reference_frames(model)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("file_format", "media_type"),
+    [
+        (work_pb2.OUTPUT_FORMAT_UNSPECIFIED, "video/mp4"),
+        (work_pb2.OUTPUT_FORMAT_WEBM, "video/webm"),
+        (work_pb2.OUTPUT_FORMAT_GIF, "image/gif"),
+    ],
+)
+async def test_a_film_leaves_as_one_file(
+    file_format: work_pb2.OutputFormat.ValueType, media_type: str, start: Start
+) -> None:
+    data, result = await decode(await start(), request(format=file_format))
+    assert result.media_type == media_type
+    assert result.file_size == len(data) > 0
+    assert result.timing.compute_seconds > 0
+
+
+async def test_the_file_tells_how_it_was_made_unless_it_shall_not(start: Start) -> None:
+    stub = await start()
+    told, _ = await decode(stub, request())
+    untold, _ = await decode(stub, request(omit_metadata=True))
+    assert b"a red apple bouncing" in told
+    assert b"a red apple bouncing" not in untold
+
+
+async def test_tiles_change_a_film_little(start: Start) -> None:
+    latents = torch.randn(1, 16, 2, 24, 24, generator=torch.Generator().manual_seed(1))
+    wanted = request(latents, format=work_pb2.OUTPUT_FORMAT_PNG_FRAMES)
+    whole, _ = await decode(await start(), wanted)
+    tiled, _ = await decode(await start(tile_size=16, tile_overlap=8, untiled_area=0), wanted)
+    assert np.abs(frames_of(whole).astype(int) - frames_of(tiled)).mean() < 3
+
+
+async def test_a_caller_that_goes_away_leaves_nothing_behind(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(films))
+    stub = await start()
+    call = stub.Decode(request(LATENTS.repeat(1, 1, 20, 1, 1)), timeout=60)
+    reading = call.read()
+    while not list(films.iterdir()):  # the film has been begun
+        assert not call.done()
+        await decode(stub, request(LATENTS[:, :, :1], format=work_pb2.OUTPUT_FORMAT_LATENTS))
+    call.cancel()
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - grpc ends a read of a cancelled call as it likes
+        await reading
+    await decode(stub, request())  # the device is free again
+    assert list(films.iterdir()) == []
+
+
+async def test_what_is_no_film_is_refused(start: Start) -> None:
+    stub = await start()
+    picture = await _failure(stub, request(LATENTS[:, :, 0]))
+    assert isinstance(picture, InvalidRequestError)
+    assert "must be [1, 16, frames, height, width]" in str(picture)
+    png = await _failure(stub, request(format=work_pb2.OUTPUT_FORMAT_PNG))
+    assert isinstance(png, InvalidRequestError)
+    assert "OUTPUT_FORMAT_MP4" in str(png)
+    broken = await _failure(stub, request(LATENTS * float("nan")))
+    assert isinstance(broken, NonFiniteError)
+    image = await failure(stub.EncodeImage(EncodeImageRequest(model="tiny", image=b"x"), timeout=60))
+    assert isinstance(image, UnsupportedError)
+
+
+async def _failure(stub: DecoderServiceStub, wanted: DecodeRequest) -> Exception:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(stub, wanted)
+    return from_rpc_error(caught.value)
