@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,7 @@ from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import StageTiming
 from services.common.batch_costs import WorkKind
+from services.common.executor import DeviceExecutor
 from services.decoder.device_work import DeviceWork
 from services.decoder.film_files import FilmWriter, open_film_writer
 from services.decoder.generation_parameters import parameters_text
@@ -55,16 +57,18 @@ class FilmDecoding:
         width, height = factor * latents.shape[-1], factor * latents.shape[-2]
         comment = "" if request.output.omit_metadata else parameters_text(embedded_parameters(request.parameters))
         fps = request.parameters.fps or DEFAULT_FPS
-        writer = await asyncio.to_thread(open_film_writer, request.output, (width, height), fps, comment)
+        writer = open_film_writer(request.output, (width, height), fps, comment)
+        writing = DeviceExecutor("film")
         timing, frames = StageTiming(stage="decoder"), 0
         try:
             async with aclosing(self._pieces(request.model, latents, timing)) as pieces:
                 async for piece in pieces:
-                    await asyncio.to_thread(_write, writer, piece)
+                    await writing.run(partial(_write, writer, piece))
                     frames += len(piece)
-            data = await asyncio.to_thread(writer.finish)
+            data = await writing.run(writer.finish)
         finally:
-            await asyncio.shield(asyncio.to_thread(writer.discard))
+            await asyncio.shield(writing.run(writer.discard))
+            writing.close()
         return OutputFile(data, writer.media_type, width, height, frames), timing
 
     async def _pieces(self, model: str, latents: Tensor, timing: StageTiming) -> AsyncGenerator[Tensor, None]:

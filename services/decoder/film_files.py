@@ -33,7 +33,7 @@ Pixels = NDArray[np.uint8]
 
 
 class FilmWriter(Protocol):
-    """Writes one film; used from one thread at a time."""
+    """Writes one film; its methods are called one after the other, on any thread, and may take a while."""
 
     media_type: str
 
@@ -110,42 +110,43 @@ class FfmpegWriter:
         width, height = size
         given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
         written = ["-c:v", codec.codec, "-pix_fmt", codec.pixel_format, *codec.arguments(quality, comment)]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *given, *written, str(self._file)],
-                stdin=subprocess.PIPE,
-                stderr=log,
-            )
+        self._arguments = ["-loglevel", "error", *given, *written, str(self._file)]
+        self._process: subprocess.Popen[bytes] | None = None
 
     def add(self, frames: Pixels) -> None:
         try:
-            self._pipe.write(np.ascontiguousarray(frames).data)
+            _pipe(self._started()).write(np.ascontiguousarray(frames).data)
         except BrokenPipeError as error:
             raise self._failure() from error
 
     def finish(self) -> bytes:
+        process = self._started()
         try:
-            self._pipe.close()
+            _pipe(process).close()
         except BrokenPipeError as error:
             raise self._failure() from error
-        if self._process.wait() != 0:
+        if process.wait() != 0:
             raise self._failure()
         return self._file.read_bytes()
 
     def discard(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):  # what was not written yet is not wanted any more
-            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(BrokenPipeError):  # what was not written yet is not wanted any more
+                _pipe(self._process).close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    @property
-    def _pipe(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
+    def _started(self) -> subprocess.Popen[bytes]:
+        """ffmpeg, which starts with the first frames."""
+        if self._process is None:
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), *self._arguments]
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
+        return self._process
 
     def _failure(self) -> InternalError:
-        self._process.wait()
+        self._started().wait()
         words = self._log.read_text(errors="replace").strip()
         return InternalError(f"ffmpeg could not write the film: {words or 'it gave no reason'}")
 
@@ -177,6 +178,11 @@ class FramesWriter:
     def discard(self) -> None:
         self._archive.close()
         self._file.close()
+
+
+def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
 
 
 FILM_FORMATS = (*CODECS, pb.OUTPUT_FORMAT_PNG_FRAMES)
