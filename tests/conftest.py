@@ -83,3 +83,11 @@ def tiny_manifest(tiny_sd15: Path) -> str:
     path = tiny_sd15.parent / "manifest.yaml"
     path.write_text(f"models:\n  - {{name: tiny, path: {tiny_sd15}}}\n")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1-dev of a few thousand random weights, in the diffusers layout."""
+    from tests.support.tiny_flux import save_tiny_flux  # as above
+
+    return save_tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux")

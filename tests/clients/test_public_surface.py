@@ -20,6 +20,8 @@ PUBLIC = [
     "Event",
     "FieldViolation",
     "FingerprintMismatchError",
+    "FluxImagePipeline",
+    "FluxPipelineConfig",
     "GeneratedImage",
     "GenerationOptions",
     "GenerationResult",

@@ -6,7 +6,7 @@ from gateway.plan import make_plan
 from safelight.v1 import work_pb2 as work
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from services.common.validation import MAX_SEED
-from tests.gateway.test_validation import MODEL
+from tests.gateway.test_validation import FLUX, MODEL
 
 
 def test_defaults_are_the_models_own() -> None:
@@ -32,6 +32,14 @@ def test_what_is_given_stays() -> None:
     assert (image.sampling.sampler, image.sampling.steps, image.guidance.scale, image.clip_skip) == ("ddim", 7, 0, 2)
     assert dict(image.sampling.sampler_parameters) == {"eta": 0.5}
     assert (plan.latent_shape, plan.context.request_id) == ((4, 32, 16), "mine")
+
+
+def test_a_distilled_scale_is_the_model_s_own_or_what_is_given_or_none() -> None:
+    given = GenerateRequest(guidance=work.GuidanceOptions(distilled_scale=2))
+    for request, model, scale in ((GenerateRequest(), FLUX, 3.5), (given, FLUX, 2.0), (GenerateRequest(), MODEL, None)):
+        guidance = make_plan(request, model).images[0].guidance
+        assert (guidance.distilled_scale if guidance.HasField("distilled_scale") else None) == scale
+        assert guidance.scale == 7.5
 
 
 def test_one_seed_counts_up_for_several_pictures() -> None:

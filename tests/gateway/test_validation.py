@@ -86,3 +86,29 @@ def test_all_wrong_fields_are_told_at_once() -> None:
 def test_what_this_release_does_not_serve_is_refused_and_never_ignored(request_: GenerateRequest, field: str) -> None:
     with pytest.raises(UnsupportedError, match=field):
         check_generate(request_, MODEL)
+
+
+FLUX = ModelDescription()
+FLUX.CopyFrom(MODEL)
+FLUX.denoiser.latent_multiple = 2
+FLUX.denoiser.default_distilled_scale = 3.5
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "remedy"),
+    [
+        (GenerateRequest(width=520), "width", "multiple of 16, at least 64: try 512"),
+        (GenerateRequest(height=1000), "height", "try 992"),
+        (GenerateRequest(width=1040, height=1024), "width", "1048576 pixels"),
+        (GenerateRequest(guidance=work.GuidanceOptions(distilled_scale=101)), "guidance.distilled_scale", "to 100"),
+    ],
+)
+def test_a_model_of_larger_tokens_and_distilled_guidance_has_rules_of_its_own(
+    request_: GenerateRequest, field: str, remedy: str
+) -> None:
+    check_generate(GenerateRequest(width=528, guidance=work.GuidanceOptions(distilled_scale=3)), FLUX)
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(request_, FLUX)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert remedy in violation.description

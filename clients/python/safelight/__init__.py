@@ -30,7 +30,7 @@ from safelight.errors import (
 )
 from safelight.hub import fetch_model
 from safelight.options import GenerationOptions
-from safelight.pipelines import SDImagePipeline, SDPipelineConfig
+from safelight.pipelines import FluxImagePipeline, FluxPipelineConfig, SDImagePipeline, SDPipelineConfig
 from safelight.receipt import Receipt, StageSeconds
 from safelight.retry import RetryPolicy
 from safelight.sync import Client
@@ -57,6 +57,8 @@ __all__ = [
     "Event",
     "FieldViolation",
     "FingerprintMismatchError",
+    "FluxImagePipeline",
+    "FluxPipelineConfig",
     "GeneratedImage",
     "GenerationOptions",
     "GenerationResult",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotations
+from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
 from services.denoiser.models.flux_dit_keys import find_layout
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
@@ -178,9 +178,7 @@ def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]
 
 def attend(qk: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Attention of all tokens to all. qk: [B, N, 2, H, D] float32 without positions, v: [B, N, W] -> [B, N, W]."""
-    pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
-    rotated = torch.view_as_real(pairs * rope[:, None, None]).to(v.dtype)
-    q, k = rotated.flatten(3).unbind(2)
+    q, k = rotate(qk, rope).to(v.dtype).flatten(3).unbind(2)
     return attention(q, k, v, heads=qk.shape[3])
 
 

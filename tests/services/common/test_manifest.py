@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.manifest import DEMO_MODEL, Component, ManifestError, ModelEntry, load_manifest
+from services.common.manifest import DEMO_MODEL, Component, Defaults, ManifestError, ModelEntry, load_manifest
 
 
 @pytest.fixture
@@ -82,6 +82,7 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
         ("models: [{name: a, path: b, defaults: {stepps: 4}}]", r"defaults: 'stepps' is not a field"),
         ("models: [{name: a, path: b, defaults: {steps: 0}}]", r"defaults\.steps: 0 must be a whole number"),
         ("models: [{name: a, path: b, defaults: {steps: 4.5}}]", r"defaults\.steps: 4.5 must be a whole number"),
+        ("models: [{name: a, path: b, defaults: {distilled_scale: -1}}]", r"distilled_scale: -1 must be a number"),
         ("models: [{name: a, path: b, defaults: {guidance_scale: x}}]", r"guidance_scale: 'x' must be a number"),
         ("models: [{name: a, path: b}, {name: a, path: c}]", "two models have one name among a, a"),
     ],
@@ -98,3 +99,15 @@ def test_a_file_that_is_not_there_or_is_no_text_is_named(file: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ManifestError, match=f"^manifest {file}: can't be read"):
         load_manifest(str(file))
+
+
+def test_defaults_go_over_the_family_s() -> None:
+    family = Defaults(steps=30, guidance_scale=1.0, distilled_scale=3.5)
+    entry = ModelEntry(name="a", path="b", defaults={"steps": 4, "distilled_scale": 2.0})
+    assert entry.defaults_over(family) == Defaults(steps=4, guidance_scale=1.0, distilled_scale=2.0)
+
+
+def test_a_default_that_the_model_takes_not_is_refused() -> None:
+    entry = ModelEntry(name="a", path="b", defaults={"distilled_scale": 2.0})
+    with pytest.raises(ManifestError, match=r"model 'a': defaults\.distilled_scale: the model takes none"):
+        entry.defaults_over(Defaults(steps=20, guidance_scale=7.5))

@@ -115,14 +115,25 @@ def test_the_manifest_s_family_goes_before_all_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "family"), [("StableDiffusionPipeline", "sd15"), ("StableDiffusionXLPipeline", "sdxl")]
+    ("pipeline", "family"),
+    [("StableDiffusionPipeline", "sd15"), ("StableDiffusionXLPipeline", "sdxl"), ("FluxPipeline", "flux")],
 )
 def test_a_folder_s_family_is_told_by_its_pipeline(tmp_path: Path, pipeline: str, family: str) -> None:
     folder = diffusers_folder(tmp_path, model_index={"_class_name": pipeline})
     assert detect_family(entry(folder)) == family
 
 
-@pytest.mark.parametrize(("keys", "family"), [([SD15], "sd15"), ([SDXL], "sdxl"), ([SD15, SDXL], "sdxl")])
+@pytest.mark.parametrize(
+    ("keys", "family"),
+    [
+        ([SD15], "sd15"),
+        ([SDXL], "sdxl"),
+        ([SD15, SDXL], "sdxl"),
+        (["double_blocks.0.img_attn.norm.key_norm.scale"], "flux"),
+        (["model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"], "flux"),
+        (["single_transformer_blocks.0.attn.norm_k.weight"], "flux"),
+    ],
+)
 def test_a_single_file_s_family_is_told_by_its_keys(tmp_path: Path, keys: list[str], family: str) -> None:
     assert detect_family(entry(single_file(tmp_path / "a.safetensors", [*keys, "first_stage_model.x"]))) == family
 
@@ -189,6 +200,11 @@ def test_a_device_that_is_not_there_is_named(name: str) -> None:
 )
 def test_auto_is_half_precision_on_a_gpu_only(name: str, device: torch.device, dtype: torch.dtype) -> None:
     assert resolve_dtype(name, device) == dtype
+
+
+def test_auto_is_the_half_precision_of_the_family_on_a_gpu() -> None:
+    assert resolve_dtype("auto", GPU, torch.bfloat16) == torch.bfloat16
+    assert resolve_dtype("auto", CPU, torch.bfloat16) == torch.float32
 
 
 @pytest.mark.parametrize(("is_fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

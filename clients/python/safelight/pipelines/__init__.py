@@ -4,6 +4,7 @@ A script written for it runs when its import line is changed. The work is done b
 starts, or by a remote gateway when an endpoint is given; the calling process never loads torch.
 """
 
+from safelight.pipelines.flux import FluxImagePipeline, FluxPipelineConfig
 from safelight.pipelines.sd import SDImagePipeline, SDPipelineConfig
 
-__all__ = ["SDImagePipeline", "SDPipelineConfig"]
+__all__ = ["FluxImagePipeline", "FluxPipelineConfig", "SDImagePipeline", "SDPipelineConfig"]

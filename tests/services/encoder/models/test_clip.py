@@ -25,6 +25,7 @@ CONFIG = {
     "eos_token_id": 49,
 }
 PREFIXES = {
+    "all in one file": "text_encoders.clip_l.transformer.text_model.",
     "transformers 5": "",
     "transformers 4": "text_model.",
     "single file": "cond_stage_model.transformer.text_model.",
@@ -74,6 +75,16 @@ def test_clip_skip_equals_a_model_without_the_skipped_layers(
     shorter.load_state_dict({name: reference.state_dict()[name] for name in shorter.state_dict()})
     encoder = load(tmp_path, tensors(reference, "text_model."), CONFIG)
     assert relative_error(encoder(TOKEN_IDS, clip_skip), shorter(TOKEN_IDS).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["with a config", "by its shapes"])
+def test_the_pooled_embedding_is_the_last_state_at_the_first_end_of_text(
+    tmp_path: Path, reference: CLIPTextModel, config: dict[str, Any] | None
+) -> None:
+    encoder = load(tmp_path, tensors(reference, "text_model."), config)
+    output = reference(TOKEN_IDS)
+    assert relative_error(encoder.pooled(TOKEN_IDS), output.pooler_output) <= 1e-5
+    assert relative_error(encoder.pooled(TOKEN_IDS)[0], output.last_hidden_state[0, 3]) <= 1e-5
 
 
 def test_a_prompt_does_not_depend_on_its_batch(tmp_path: Path, reference: CLIPTextModel) -> None:
