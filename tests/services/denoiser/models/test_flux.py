@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def dev(tiny_flux: Path) -> FluxDenoiser:
     return FluxDenoiser.load(entry, torch.device("cpu"))
 
 
-def prompt(scale: float | None = None, **tensors: Tensor) -> PromptConditioning:
+def prompt(scale: float | None = None, **tensors: Any) -> PromptConditioning:
     usual = {
         "prompt_embeds": torch.ones(1, 7, CONTEXT_WIDTH),
         "pooled_prompt_embeds": torch.ones(1, POOLED_WIDTH),
