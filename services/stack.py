@@ -47,6 +47,7 @@ class StackSettings(ServerSettings):
     listen: str = setting("127.0.0.1:7000", "Address of the gateway: host:port, or unix:/path.")
     model: str = setting("", "In place of a manifest, the weights of one model: a file, or a diffusers folder.")
     manifest: str = setting("", "YAML file that lists the models (docs/models.md); empty: the demo model.")
+    fetch: bool = setting(True, "Fetch weights from hubs (docs/models.md); if not, they must be on this machine.")
     device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
     batch_cfg: bool = setting(True, "Run the prompt's and the negative prompt's rows in one forward pass.")
@@ -66,8 +67,12 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
     metrics = Metrics()
     store = TensorStore(EncoderSettings().lease_seconds, metrics)
     sockets = {stage: f"unix:{folder}/{stage}.sock" for stage in ("encoder", "denoiser", "decoder")}
-    manifest = _manifest(settings, folder)
-    shared: dict[str, Any] = {"manifest": manifest, "device": settings.device, "threads": settings.threads}
+    shared: dict[str, Any] = {
+        "manifest": _manifest(settings, folder),
+        "fetch": settings.fetch,
+        "device": settings.device,
+        "threads": settings.threads,
+    }
     encoder = EncoderSettings(listen=sockets["encoder"], **shared)
     denoiser = DenoiserSettings(listen=sockets["denoiser"], batch_cfg=settings.batch_cfg, **shared)
     decoder = DecoderSettings(

@@ -3,13 +3,15 @@
 models:
   - name: majicflus
     path: /weights/majicmix.safetensors   # a file, a list of files, or a folder in the diffusers layout
-    encoder: {dtype: float16}              # optional, a stage each: dtype, and a path of its own
+    encoder: {dtype: float16}              # optional, a stage each: dtype, device, and a path of its own
                                            # and of a stage of several networks: parts: {t5: {path: …, dtype: …}}
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
     latent_preview: /weights/preview.json  # optional: the map that previews are made with
     defaults: {steps: 30, guidance_scale: 6}   # optional: of requests that do not say
+  - name: from-a-hub
+    source: {model: owner/name, revision: v1, path: unet.safetensors, hub: huggingface}   # in place of any path
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from typing import Any
 
 import yaml
 
+from safelight.hub import HUBS
+
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
-_NESTED = (*_STAGES, "defaults", "parts")
+_NESTED = (*_STAGES, "defaults", "parts", "source")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 WeightsPath = str | tuple[str, ...]
@@ -35,15 +39,38 @@ class ManifestError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubSource:
+    """Files of a model at a hub; fetched by the stages that need them.
+
+    Args:
+        model: its name there, "owner/name".
+        hub: "modelscope" or "huggingface".
+        path: a file's or folder's name, a wildcard, or a list of these; empty: what a stage reads of the repository.
+        revision: branch, tag or commit; empty: the hub's default branch.
+    """
+
+    model: str
+    hub: str = "modelscope"
+    path: WeightsPath = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        paths = self.path if isinstance(self.path, str) else ", ".join(self.path)
+        return f"{self.model}{f'@{self.revision}' if self.revision else ''} {paths}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One network of a model.
 
     Args:
         path: weights of this network alone; empty: they are in the model's own path.
+        source: where to fetch them, in place of a path.
         dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU.
     """
 
     path: WeightsPath = ""
+    source: HubSource | None = None
     dtype: str = "auto"
 
     @property
@@ -57,9 +84,11 @@ class Component(Part):
     """One stage's part of a model.
 
     Args:
+        device: where it computes; empty: the stage's device.
         parts: its networks by name, where it has several that differ in path or dtype: "clip_l", "clip_g", "t5" …
     """
 
+    device: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)
 
     def part(self, name: str) -> Part:
@@ -83,7 +112,9 @@ class ModelEntry:
 
     Args:
         name: what requests call it.
-        path: a single file, several that make one, or a folder in the diffusers layout.
+        path: a single file, several that make one, or a folder in the diffusers layout; empty: every network has a
+            path or source of its own, or is fetched as what the family usually has.
+        source: where to fetch it, in place of a path.
         family: "sd15" …; empty: told by the keys of the weights.
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
         latent_preview: file with the map from latents to colours; empty: latent_preview.json in the model's folder.
@@ -91,7 +122,8 @@ class ModelEntry:
     """
 
     name: str
-    path: WeightsPath
+    path: WeightsPath = ""
+    source: HubSource | None = None
     family: str = ""
     tokenizer: str = ""
     latent_preview: str = ""
@@ -112,8 +144,18 @@ class ModelEntry:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Of the weights, at least one; a folder in the diffusers layout is the only one."""
+        """Of the weights; a folder in the diffusers layout is the only one."""
         return _paths(self.path)
+
+    def component(self, stage: str) -> Component:
+        """The part of "encoder", "denoiser" or "decoder"."""
+        component: Component = getattr(self, stage)
+        return component
+
+    def with_component(self, stage: str, component: Component) -> ModelEntry:
+        """The same with another part of that stage."""
+        changed: dict[str, Any] = {stage: component}
+        return replace(self, **changed)
 
 
 def _paths(path: WeightsPath) -> tuple[Path, ...]:
@@ -145,9 +187,11 @@ def load_manifest(path: str) -> tuple[ModelEntry, ...]:
 
 def _parse_model(entry: object, where: str) -> ModelEntry:
     values = _checked(ModelEntry, entry, where)
-    for required in ("name", "path"):
-        if not values.get(required):
-            raise ManifestError(f"{where}: '{required}' is missing")
+    if not values.get("name"):
+        raise ManifestError(f"{where}: 'name' is missing")
+    _read_source(values, where)
+    if not values.get("path") and not values.get("source") and not values.get("family"):
+        raise ManifestError(f"{where}: 'path' is missing; or give a 'source', or a 'family' and its networks' paths")
     for stage in _STAGES:
         if stage in values:
             values[stage] = _parse_component(values[stage], f"{where}.{stage}")
@@ -169,6 +213,7 @@ def _parse_defaults(entry: object, where: str) -> dict[str, Any]:
 
 def _parse_component(entry: object, where: str) -> Component:
     values = _checked(Component, entry, where)
+    _read_source(values, where)
     if "parts" in values:
         values["parts"] = _parse_parts(values["parts"], f"{where}.parts")
     component = Component(**values)
@@ -179,10 +224,29 @@ def _parse_component(entry: object, where: str) -> Component:
 def _parse_parts(entry: object, where: str) -> dict[str, Part]:
     if not isinstance(entry, Mapping):
         raise ManifestError(f"{where}: must be a mapping from a network's name to its path and dtype")
-    parts = {str(name): Part(**_checked(Part, part, f"{where}.{name}")) for name, part in entry.items()}
-    for name, part in parts.items():
-        _check_dtype(part, f"{where}.{name}")
-    return parts
+    return {str(name): _parse_part(part, f"{where}.{name}") for name, part in entry.items()}
+
+
+def _parse_part(entry: object, where: str) -> Part:
+    values = _checked(Part, entry, where)
+    _read_source(values, where)
+    part = Part(**values)
+    _check_dtype(part, where)
+    return part
+
+
+def _read_source(values: dict[str, Any], where: str) -> None:
+    """Puts a HubSource in place of what stands under `source`, if it does."""
+    if "source" not in values:
+        return
+    source = _checked(HubSource, values["source"], f"{where}.source")
+    if values.get("path"):
+        raise ManifestError(f"{where}: 'path' and 'source': give one of the two")
+    if not source.get("model"):
+        raise ManifestError(f"{where}.source: 'model' is missing")
+    if source.get("hub", "modelscope") not in HUBS:
+        raise ManifestError(f"{where}.source.hub: {source['hub']!r} is not one of {', '.join(HUBS)}")
+    values["source"] = HubSource(**source)
 
 
 def _check_dtype(part: Part, where: str) -> None:

@@ -47,6 +47,7 @@ class StageSettings(ServerSettings):
     """What every stage takes."""
 
     manifest: str = setting("", "YAML file that lists the models (docs/models.md); empty: the demo model.")
+    fetch: bool = setting(True, "Fetch weights from hubs (docs/models.md); if not, they must be on this machine.")
     device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
     lease_seconds: float = setting(120.0, "How long a tensor is kept for its consumer.")

@@ -25,7 +25,7 @@ from services.decoder.servicer import DecoderServicer
 from services.decoder.settings import DecoderSettings
 from services.decoder.tiling import Tiling
 from services.modeling.components import configure_torch
-from services.modeling.loading import load_models
+from services.modeling.loading import load_stage
 
 
 def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Service:
@@ -35,7 +35,7 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
         CheckpointError: a model's weights can't be loaded.
     """
     device = configure_torch(settings.device, settings.threads)
-    decoders = load_models(load_manifest(settings.manifest), LOADERS, device)
+    decoders = load_stage("decoder", load_manifest(settings.manifest), LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, decoder) for name, decoder in decoders.items()}
     executor = DeviceExecutor("decoder")
 

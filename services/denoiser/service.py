@@ -24,7 +24,7 @@ from services.denoiser.servicer import DenoiserServicer
 from services.denoiser.settings import DenoiserSettings, parse_tenant_weights
 from services.denoiser.warm_up import warm_up
 from services.modeling.components import configure_torch
-from services.modeling.loading import load_models
+from services.modeling.loading import load_stage
 
 
 def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Service:
@@ -36,7 +36,8 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     """
     device = configure_torch(settings.device, settings.threads)
     entries = load_manifest(settings.manifest)
-    engine = DenoiserEngine(load_models(entries, LOADERS, device), settings.batch_cfg)
+    loaded = load_stage("denoiser", entries, LOADERS, device, from_hub=settings.fetch)
+    engine = DenoiserEngine(loaded, settings.batch_cfg)
     models = {name: _describe(name, model, settings) for name, model in engine.models.items()}
     executor = DeviceExecutor("denoiser")
     limits = SchedulerLimits(settings.max_running, settings.max_batch_rows, settings.queue_capacity)

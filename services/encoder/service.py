@@ -17,7 +17,7 @@ from services.encoder.registry import LOADERS, PromptEncoder
 from services.encoder.servicer import EncoderServicer
 from services.encoder.settings import EncoderSettings
 from services.modeling.components import configure_torch
-from services.modeling.loading import load_models
+from services.modeling.loading import load_stage
 
 
 def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Service:
@@ -27,7 +27,7 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
         CheckpointError: a model's weights can't be loaded.
     """
     device = configure_torch(settings.device, settings.threads)
-    encoders = load_models(load_manifest(settings.manifest), LOADERS, device)
+    encoders = load_stage("encoder", load_manifest(settings.manifest), LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, encoder, settings) for name, encoder in encoders.items()}
     executor = DeviceExecutor("encoder")
 

