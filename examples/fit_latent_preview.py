@@ -142,6 +142,8 @@ def main() -> None:
     output = arguments.output or arguments.model / FILE_NAME
     entry = ModelEntry(name="model", path=str(arguments.model))
     decoder = LOADERS[detect_family(entry)](entry, torch.device(arguments.device))
+    if not isinstance(decoder, PictureDecoder):
+        parser.error("--model: makes films; previews are of pictures")
     with torch.inference_mode():
         found = (
             pairs_of_pictures(decoder, arguments.pictures, arguments.count)

@@ -68,7 +68,7 @@ def test_rotations_are_computed_once_a_request_for_text_and_picture(dev: FluxDen
 )
 def test_a_tensor_of_another_shape_is_refused_by_name(dev: FluxDenoiser, name: str, tensor: Tensor) -> None:
     with pytest.raises(InvalidRequestError, match=rf"conditioning\.{name}: must be a tensor of shape \[1, "):
-        dev.prepare(prompt(**{name: tensor}))
+        dev.prepare(prompt(None, **{name: tensor}))
 
 
 @pytest.mark.parametrize(
