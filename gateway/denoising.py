@@ -83,6 +83,7 @@ class Denoising:
             preview=self.plan.preview,
             checkpoints=CheckpointOptions(every_steps=self.settings.checkpoint_steps),
             resume_from=start,
+            size_conditioning=parameters.size_conditioning if parameters.HasField("size_conditioning") else None,
         )
 
     async def _follow(self, request: DenoiseRequest, attempts: Attempts) -> DenoiseResult:

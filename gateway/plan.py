@@ -15,6 +15,7 @@ from safelight.v1.work_pb2 import (
     OutputOptions,
     PreviewOptions,
     SamplingOptions,
+    SizeConditioning,
     WorkContext,
 )
 from services.common.validation import MAX_SEED
@@ -127,6 +128,9 @@ def _parameters(
         clip_skip=request.clip_skip or model.encoder.default_clip_skip,
         seed=seed,
         fingerprints=_fingerprints(model),
+        size_conditioning=(
+            _told_sizes(request.size_conditioning, width, height) if model.denoiser.size_conditioning else None
+        ),
     )
 
 
@@ -137,6 +141,13 @@ def _sampling(given: SamplingOptions, model: ModelDescription) -> SamplingOption
     sampling.schedule = given.schedule or model.denoiser.schedules[0]
     sampling.steps = given.steps or model.denoiser.default_steps
     return sampling
+
+
+def _told_sizes(given: SizeConditioning, width: int, height: int) -> SizeConditioning:
+    """The sizes that the model is told: unless they are given, those of the picture, uncropped."""
+    sizes = SizeConditioning(original_width=width, original_height=height, target_width=width, target_height=height)
+    sizes.MergeFrom(given)
+    return sizes
 
 
 def _guidance(given: GuidanceOptions, model: ModelDescription) -> GuidanceOptions:

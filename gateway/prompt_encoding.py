@@ -85,6 +85,7 @@ class PromptEncoding:
             context=self.plan.context,
             model=parameters.model,
             prompts=[parameters.prompt, parameters.negative_prompt],
+            negative_prompts=1,
             clip_skip=parameters.clip_skip,
             determinism=self.plan.determinism,
         )

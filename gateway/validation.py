@@ -9,7 +9,14 @@ from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
 from services.common.fingerprints import check_own_fingerprint
-from services.common.validation import check_deadline, check_determinism, check_range, check_seed, refuse_unserved
+from services.common.validation import (
+    check_deadline,
+    check_determinism,
+    check_range,
+    check_seed,
+    check_size_conditioning,
+    refuse_unserved,
+)
 
 MAX_IMAGES = 64
 MIN_PIXELS = 64
@@ -30,6 +37,8 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         raise UnsupportedError(
             f"preview: model {model.name!r} has no map from latents to colours; leave it out", field="preview"
         )
+    if not model.denoiser.size_conditioning:
+        refuse_unserved(request, ["size_conditioning"], model.name)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     for stage in ("encoder", "denoiser", "decoder"):
@@ -39,6 +48,7 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
 def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
     yield from _prompt_violations(request, model)
     yield from _size_violations(request, model)
+    yield from check_size_conditioning(request.size_conditioning)
     yield from _sampling_violations(request, model)
     yield from _seed_violations(request)
     yield from _output_violations(request, model)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.message import Message
 
 from safelight.errors import FieldViolation, UnsupportedError
-from safelight.v1.work_pb2 import DeterminismClass, WorkContext
+from safelight.v1.work_pb2 import DeterminismClass, SizeConditioning, WorkContext
 
 MAX_SEED = 2**63 - 1
+_MAX_TOLD_PIXELS = 65_536
 
 
 def refuse_unserved(request: Message, fields: Iterable[str], model: str) -> None:
@@ -48,3 +49,9 @@ def check_determinism(value: DeterminismClass.ValueType) -> Iterator[FieldViolat
     """One of the classes that the contract has."""
     if value not in DeterminismClass.values():
         yield FieldViolation("determinism", f"is {value}; choose from {', '.join(DeterminismClass.keys())}")
+
+
+def check_size_conditioning(sizes: SizeConditioning) -> Iterator[FieldViolation]:
+    """Sizes in pixels that a picture can have."""
+    for descriptor, pixels in sizes.ListFields():
+        yield from check_range(f"size_conditioning.{descriptor.name}", pixels, 0, _MAX_TOLD_PIXELS)

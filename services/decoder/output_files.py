@@ -72,6 +72,7 @@ def embedded_parameters(parameters: pb.GenerationParameters) -> GenerationParame
         "Clip skip": parameters.clip_skip,
         **_distilled_scale(parameters.guidance),
         **({"Denoising strength": round(parameters.strength, 6)} if parameters.HasField("strength") else {}),
+        **_told_sizes(parameters),
         **{f"{name.capitalize()} hash": value for name, value in sorted(parameters.fingerprints.items())},
     }
     return GenerationParameters(
@@ -86,3 +87,14 @@ def embedded_parameters(parameters: pb.GenerationParameters) -> GenerationParame
         model=parameters.model,
         details=details,
     )
+
+
+def _told_sizes(parameters: pb.GenerationParameters) -> dict[str, ParameterValue]:
+    """The sizes that SDXL was told, where they are not the picture's own."""
+    sizes, own = parameters.size_conditioning, (parameters.width, parameters.height)
+    pairs = {
+        "Original size": (sizes.original_width, sizes.original_height),
+        "Crop": (sizes.crop_left, sizes.crop_top),
+        "Target size": (sizes.target_width, sizes.target_height),
+    }
+    return {name: f"{pair[0]}x{pair[1]}" for name, pair in pairs.items() if pair not in (own, (0, 0))}

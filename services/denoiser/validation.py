@@ -9,7 +9,14 @@ from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
 from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8
 from services.common.fingerprints import check_conditioning_fingerprints, check_own_fingerprint
-from services.common.validation import check_deadline, check_determinism, check_range, check_seed, refuse_unserved
+from services.common.validation import (
+    check_deadline,
+    check_determinism,
+    check_range,
+    check_seed,
+    check_size_conditioning,
+    refuse_unserved,
+)
 
 _MIN_EXTENT = 1
 _MAX_GUIDANCE_SCALE = 100
@@ -31,6 +38,8 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
             "examples/fit_latent_preview.py, or leave it out",
             field="preview",
         )
+    if not model.size_conditioning:
+        refuse_unserved(request, ["size_conditioning"], request.model)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     check_own_fingerprint(request.context, "denoiser", model.fingerprint)
@@ -41,6 +50,7 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
 def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Iterator[FieldViolation]:
     yield from check_seed("seed", request.seed)
     yield from check_range("sampling.steps", request.sampling.steps, 0, model.max_steps)
+    yield from check_size_conditioning(request.size_conditioning)
     yield from check_range("guidance.scale", request.guidance.scale, 0, _MAX_GUIDANCE_SCALE)
     yield from check_range("guidance.distilled_scale", request.guidance.distilled_scale, 0, _MAX_GUIDANCE_SCALE)
     if request.guidance.HasField("distilled_scale") and not model.HasField("default_distilled_scale"):

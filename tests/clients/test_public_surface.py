@@ -40,6 +40,8 @@ PUBLIC = [
     "RetryPolicy",
     "SDImagePipeline",
     "SDPipelineConfig",
+    "SDXLImagePipeline",
+    "SDXLPipelineConfig",
     "SafelightError",
     "StageDrainingError",
     "StageSeconds",

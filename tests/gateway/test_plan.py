@@ -5,6 +5,7 @@ from __future__ import annotations
 from gateway.plan import make_plan
 from safelight.v1 import work_pb2 as work
 from safelight.v1.generation_service_pb2 import GenerateRequest
+from safelight.v1.model_pb2 import ModelDescription
 from services.common.validation import MAX_SEED
 from tests.gateway.test_validation import FLUX, MODEL
 
@@ -60,3 +61,18 @@ def test_given_seeds_are_one_picture_each() -> None:
 def test_without_a_seed_every_request_draws_its_own() -> None:
     seeds = {make_plan(GenerateRequest(), MODEL).images[0].seed for _ in range(8)}
     assert len(seeds) > 1
+
+
+def test_a_model_that_is_told_sizes_is_told_the_picture_s_unless_others_are_given() -> None:
+    model = ModelDescription()
+    model.CopyFrom(MODEL)
+    model.denoiser.size_conditioning = True
+    given = work.SizeConditioning(original_width=4096, crop_top=7)
+    request = GenerateRequest(width=128, height=256, size_conditioning=given)
+    assert make_plan(request, model).images[0].size_conditioning == work.SizeConditioning(
+        original_width=4096, original_height=256, crop_top=7, target_width=128, target_height=256
+    )
+
+
+def test_a_model_that_takes_no_sizes_is_told_none() -> None:
+    assert not make_plan(GenerateRequest(), MODEL).images[0].HasField("size_conditioning")

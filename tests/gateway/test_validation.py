@@ -81,6 +81,7 @@ def test_all_wrong_fields_are_told_at_once() -> None:
         (GenerateRequest(strength=0.5), "strength"),
         (GenerateRequest(num_frames=81), "num_frames"),
         (GenerateRequest(preview=work.PreviewOptions(every_steps=2)), "preview"),
+        (GenerateRequest(size_conditioning=work.SizeConditioning()), "size_conditioning"),
     ],
 )
 def test_what_this_release_does_not_serve_is_refused_and_never_ignored(request_: GenerateRequest, field: str) -> None:
@@ -112,3 +113,16 @@ def test_a_model_of_larger_tokens_and_distilled_guidance_has_rules_of_its_own(
     (violation,) = caught.value.violations
     assert violation.field == field
     assert remedy in violation.description
+
+
+def test_sizes_that_no_picture_has_are_refused() -> None:
+    model = ModelDescription()
+    model.CopyFrom(MODEL)
+    model.denoiser.size_conditioning = True
+    sizes = work.SizeConditioning(original_width=70_000, crop_top=-1, target_width=64)
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(GenerateRequest(size_conditioning=sizes), model)
+    assert [violation.field for violation in caught.value.violations] == [
+        "size_conditioning.original_width",
+        "size_conditioning.crop_top",
+    ]

@@ -30,7 +30,14 @@ from safelight.errors import (
 )
 from safelight.hub import fetch_model
 from safelight.options import GenerationOptions
-from safelight.pipelines import FluxImagePipeline, FluxPipelineConfig, SDImagePipeline, SDPipelineConfig
+from safelight.pipelines import (
+    FluxImagePipeline,
+    FluxPipelineConfig,
+    SDImagePipeline,
+    SDPipelineConfig,
+    SDXLImagePipeline,
+    SDXLPipelineConfig,
+)
 from safelight.receipt import Receipt, StageSeconds
 from safelight.retry import RetryPolicy
 from safelight.sync import Client
@@ -77,6 +84,8 @@ __all__ = [
     "RetryPolicy",
     "SDImagePipeline",
     "SDPipelineConfig",
+    "SDXLImagePipeline",
+    "SDXLPipelineConfig",
     "SafelightError",
     "StageDrainingError",
     "StageSeconds",

@@ -105,6 +105,7 @@ class EventReader:
 
     def _receipt(self, receipt: pb.ImageReceipt, completed_at: str, media_type: str, data: bytes) -> Receipt:
         parameters, sampling, output = receipt.parameters, receipt.parameters.sampling, receipt.output
+        sizes, told_sizes = parameters.size_conditioning, parameters.HasField("size_conditioning")
         return Receipt(
             request_id=self._request_id,
             completed_at=completed_at,
@@ -121,6 +122,9 @@ class EventReader:
             guidance_scale=parameters.guidance.scale,
             distilled_guidance_scale=_distilled_scale(parameters.guidance),
             clip_skip=parameters.clip_skip,
+            original_size=(sizes.original_width, sizes.original_height) if told_sizes else None,
+            crop=(sizes.crop_left, sizes.crop_top) if told_sizes else None,
+            target_size=(sizes.target_width, sizes.target_height) if told_sizes else None,
             seed=parameters.seed,
             format=_FORMAT_NAMES.get(output.format, "png"),
             quality=output.quality or None,

@@ -86,7 +86,29 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         ),
         preview=_preview(options.preview_every_steps),
         determinism=DETERMINISM[options.determinism],
+        size_conditioning=_sizes(options),
     )
+
+
+def _sizes(options: GenerationOptions) -> work_pb2.SizeConditioning | None:
+    if options.original_size is None and options.crop is None and options.target_size is None:
+        return None
+    original, target = _size("original_size", options.original_size), _size("target_size", options.target_size)
+    left, top = options.crop or (0, 0)
+    return work_pb2.SizeConditioning(
+        original_width=original[0],
+        original_height=original[1],
+        crop_left=left,
+        crop_top=top,
+        target_width=target[0],
+        target_height=target[1],
+    )
+
+
+def _size(field: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height as the wire has them."""
+    width, height = (None, None) if size is None else size
+    return _given(field, width), _given(field, height)
 
 
 def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:

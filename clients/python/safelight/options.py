@@ -26,6 +26,10 @@ class GenerationOptions:
         distilled_guidance_scale: guidance that a distilled model takes as an input (FLUX.1-dev), instead of or beside
             the classifier-free one.
         clip_skip: CLIP layer to take, counted from the end; 1 is the last.
+        original_size: (width, height) in pixels of the picture before it was cropped, as SDXL is told; larger looks
+            finer, small looks coarse. None: that of the picture that is drawn.
+        crop: (left, top) pixels that were cropped of it, as SDXL is told; None: none.
+        target_size: (width, height) after cropping, as SDXL is told; None: that of the picture that is drawn.
         seed: of the first picture; the others count up from it. None draws one, told in the result.
         num_images: how many pictures.
         determinism: "default" is equal up to rounding whenever it is run; "exact" is equal bit for bit, whatever else
@@ -52,6 +56,9 @@ class GenerationOptions:
     guidance_scale: float | None = None
     distilled_guidance_scale: float | None = None
     clip_skip: int | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
     seed: int | None = None
     num_images: int = 1
     determinism: str = "default"

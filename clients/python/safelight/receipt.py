@@ -74,6 +74,9 @@ class Receipt:
     guidance_scale: float
     distilled_guidance_scale: float | None
     clip_skip: int
+    original_size: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    target_size: tuple[int, int] | None
     seed: int
     format: str
     quality: int | None
@@ -167,6 +170,14 @@ def _map(*kinds: type) -> Callable[[object, str], Any]:
     return read
 
 
+def _pair(value: object, place: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or [type(each) for each in value] != [int, int]:
+        raise InvalidRequestError.of(place, f"is {value!r}; must be a list of two whole numbers, or null")
+    return value[0], value[1]
+
+
 def _stages(value: object, place: str) -> tuple[StageSeconds, ...]:
     if not isinstance(value, list):
         raise InvalidRequestError.of(place, f"is {value!r}; must be a list")
@@ -180,6 +191,7 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "bool": _one(bool),
     "int | None": _one(int, type(None)),
     "float | None": _one(float, int, type(None)),
+    "tuple[int, int] | None": _pair,
     "Mapping[str, float]": _map(float, int),
     "Mapping[str, str]": _map(str),
     "tuple[StageSeconds, ...]": _stages,

@@ -6,5 +6,13 @@ starts, or by a remote gateway when an endpoint is given; the calling process ne
 
 from safelight.pipelines.flux import FluxImagePipeline, FluxPipelineConfig
 from safelight.pipelines.sd import SDImagePipeline, SDPipelineConfig
+from safelight.pipelines.sdxl import SDXLImagePipeline, SDXLPipelineConfig
 
-__all__ = ["FluxImagePipeline", "FluxPipelineConfig", "SDImagePipeline", "SDPipelineConfig"]
+__all__ = [
+    "FluxImagePipeline",
+    "FluxPipelineConfig",
+    "SDImagePipeline",
+    "SDPipelineConfig",
+    "SDXLImagePipeline",
+    "SDXLPipelineConfig",
+]

@@ -33,6 +33,7 @@ PARAMETERS = work.GenerationParameters(
     clip_skip=2,
     seed=5,
     fingerprints={"denoiser": "5f0c"},
+    size_conditioning=work.SizeConditioning(original_width=640, original_height=720, target_width=64, target_height=72),
 )
 TIMING = work.StageTiming(
     stage="denoiser", replica="a:1", queue_seconds=0.5, compute_seconds=2.0, steps=9, received_bytes=4096
@@ -145,3 +146,4 @@ def test_a_receipt_has_all_that_the_picture_was_made_with() -> None:
     assert (options.sampler, options.sampler_parameters) == ("ddim", {"eta": 0.5})
     assert (options.schedule, options.schedule_parameters) == ("karras", {"rho": 5.0})
     assert (options.guidance_scale, options.clip_skip, options.seed) == (3.5, 2, 5)
+    assert (options.original_size, options.crop, options.target_size) == ((640, 720), (0, 0), (64, 72))

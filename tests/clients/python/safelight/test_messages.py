@@ -36,6 +36,9 @@ def test_everything_given_is_sent() -> None:
         schedule_parameters={"rho": 5.0},
         guidance_scale=0.0,
         clip_skip=2,
+        original_size=(4096, 2048),
+        crop=(0, 16),
+        target_size=(1024, 768),
         seed=0,
         num_images=3,
         determinism="exact",
@@ -68,7 +71,15 @@ def test_everything_given_is_sent() -> None:
         output=work.OutputOptions(format=work.OUTPUT_FORMAT_WEBP, quality=80, omit_metadata=True),
         preview=work.PreviewOptions(every_steps=2),
         determinism=work.DETERMINISM_CLASS_EXACT,
+        size_conditioning=work.SizeConditioning(
+            original_width=4096, original_height=2048, crop_top=16, target_width=1024, target_height=768
+        ),
     )
+
+
+def test_of_sizes_only_those_given_are_sent() -> None:
+    request = to_request(GenerationOptions(prompt="a cat", target_size=(1024, 768)))
+    assert request.size_conditioning == work.SizeConditioning(target_width=1024, target_height=768)
 
 
 def test_a_timeout_becomes_a_moment() -> None:
