@@ -12,6 +12,7 @@ from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.decoder.models.flux import load_flux
 from services.decoder.models.sd15 import load_sd15
+from services.decoder.models.sdxl import load_sdxl
 from services.decoder.models.wan import WanDecoder
 from services.decoder.tiling import Tiling
 
@@ -58,6 +59,7 @@ Decoder: TypeAlias = PictureDecoder | FilmDecoder
 
 LOADERS: dict[str, Callable[[ModelEntry, torch.device], Decoder]] = {
     "sd15": load_sd15,
+    "sdxl": load_sdxl,
     "flux": load_flux,
     "wan": WanDecoder.load,
 }
