@@ -25,6 +25,7 @@ from torch import Tensor
 
 from services.denoiser.models.sd_unet import SDUNet, load_sd_unet
 from services.modeling.components import resolve_dtype
+from services.modeling.placement import Placement, place
 from services.modeling.weights import open_checkpoint
 
 TOKENS = 77
@@ -141,7 +142,9 @@ def prepare(
     )
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = load_sd_unet(open_checkpoint(Path(folder)), theirs.config, device=torch.device("cpu"), dtype=ours_dtype)
+        placement = Placement(device=torch.device("cpu"), dtype=ours_dtype)
+        ours = load_sd_unet(open_checkpoint(Path(folder)), theirs.config, device=placement.device, dtype=ours_dtype)
+        place(ours, placement, ours.weight_blocks())
     latents, timesteps, context = inputs
     exact = theirs.float()(latents.float(), timesteps, context.float()).sample
     return theirs.to(dtype), ours, exact, inputs

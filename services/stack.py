@@ -50,6 +50,12 @@ class StackSettings(ServerSettings):
     fetch: bool = setting(True, "Fetch weights from hubs (docs/models.md); if not, they must be on this machine.")
     device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
+    offload: str = setting(
+        "none", "When weights leave the GPU: none, cpu_offload or sequential_cpu_offload (docs/models.md)."
+    )
+    memory_budget: int | None = setting(
+        None, "Most GPU memory for each network's weights, e.g. 12GiB; the rest streams. None: no bound."
+    )
     batch_cfg: bool = setting(True, "Run the prompt's and the negative prompt's rows in one forward pass.")
     tile_size: int = setting(64, "Side of a decoder's tile in latent elements.")
     tile_overlap: int = setting(16, "Latent elements that neighbouring tiles share and blend over.")
@@ -72,6 +78,8 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
         "fetch": settings.fetch,
         "device": settings.device,
         "threads": settings.threads,
+        "offload": settings.offload,
+        "memory_budget": settings.memory_budget,
     }
     encoder = EncoderSettings(listen=sockets["encoder"], **shared)
     denoiser = DenoiserSettings(listen=sockets["denoiser"], batch_cfg=settings.batch_cfg, **shared)

@@ -107,6 +107,10 @@ class Batcher(Generic[Item, Result]):
         finally:
             self._forget(waiting)
 
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
     def load(self) -> GetLoadResponse:
         """How busy the stage is at the moment, and what its work has cost so far."""
         costs = [

@@ -3,7 +3,7 @@
 models:
   - name: majicflus
     path: /weights/majicmix.safetensors   # a file, a list of files, or a folder in the diffusers layout
-    encoder: {dtype: float16}              # optional, a stage each: dtype, device, and a path of its own
+    encoder: {dtype: float16}              # optional, a stage each: dtype, device, offload, memory_budget, path
                                            # and of a stage of several networks: parts: {t5: {path: …, dtype: …}}
     denoiser: {dtype: float16}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
@@ -16,19 +16,23 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from safelight.byte_sizes import parse_byte_size
 from safelight.hub import HUBS
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
 _NESTED = (*_STAGES, "defaults", "parts", "source")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+FLOAT8 = "float8_e4m3fn"
+DTYPES = ("auto", "float32", "float16", "bfloat16", FLOAT8)
+CPU_OFFLOAD, SEQUENTIAL = "cpu_offload", "sequential_cpu_offload"
+OFFLOADS = ("none", CPU_OFFLOAD, SEQUENTIAL)
 
 WeightsPath = str | tuple[str, ...]
 """A file or folder, or several files that are one checkpoint, of which the later go before the earlier."""
@@ -66,12 +70,17 @@ class Part:
     Args:
         path: weights of this network alone; empty: they are in the model's own path.
         source: where to fetch them, in place of a path.
-        dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU.
+        dtype: of the weights and the computation; auto is float16 on a GPU and float32 on a CPU. float8_e4m3fn is
+            bfloat16 with the large matrices stored in float8.
+        offload: when the weights leave the GPU; empty: as the stage's setting says.
+        memory_budget: most bytes of them on the GPU; None: as the stage's setting says.
     """
 
     path: WeightsPath = ""
     source: HubSource | None = None
     dtype: str = "auto"
+    offload: str = ""
+    memory_budget: int | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -94,7 +103,18 @@ class Component(Part):
     def part(self, name: str) -> Part:
         """The network of that name; what is not said of it is the component's."""
         part = self.parts.get(name, Part())
-        return Part(path=part.path or self.path, dtype=self.dtype if part.dtype == "auto" else part.dtype)
+        path, dtype = part.path or self.path, self.dtype if part.dtype == "auto" else part.dtype
+        return offloaded(replace(part, path=path, dtype=dtype), self.offload, self.memory_budget)
+
+
+SomePart = TypeVar("SomePart", bound=Part)
+
+
+def offloaded(part: SomePart, offload: str, memory_budget: int | None) -> SomePart:
+    """The part with these where it says neither."""
+    if part.offload or part.memory_budget is not None:
+        return part
+    return replace(part, offload=offload, memory_budget=memory_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +205,14 @@ def load_manifest(path: str) -> tuple[ModelEntry, ...]:
     return models
 
 
+def with_offload(models: Iterable[ModelEntry], offload: str, memory_budget: int | None) -> tuple[ModelEntry, ...]:
+    """The models with these where a stage's part says neither."""
+    return tuple(
+        replace(model, **{stage: offloaded(getattr(model, stage), offload, memory_budget) for stage in _STAGES})
+        for model in models
+    )
+
+
 def _parse_model(entry: object, where: str) -> ModelEntry:
     values = _checked(ModelEntry, entry, where)
     if not values.get("name"):
@@ -217,7 +245,7 @@ def _parse_component(entry: object, where: str) -> Component:
     if "parts" in values:
         values["parts"] = _parse_parts(values["parts"], f"{where}.parts")
     component = Component(**values)
-    _check_dtype(component, where)
+    _check_part(component, where)
     return component
 
 
@@ -231,7 +259,7 @@ def _parse_part(entry: object, where: str) -> Part:
     values = _checked(Part, entry, where)
     _read_source(values, where)
     part = Part(**values)
-    _check_dtype(part, where)
+    _check_part(part, where)
     return part
 
 
@@ -249,15 +277,37 @@ def _read_source(values: dict[str, Any], where: str) -> None:
     values["source"] = HubSource(**source)
 
 
-def _check_dtype(part: Part, where: str) -> None:
+def _check_part(part: Part, where: str) -> None:
     if part.dtype not in DTYPES:
         raise ManifestError(f"{where}.dtype: {part.dtype!r} is not one of {', '.join(DTYPES)}")
+    if part.offload and (fault := offload_fault(part.offload, part.memory_budget)):
+        raise ManifestError(f"{where}.{fault}")
+
+
+def offload_fault(offload: str, memory_budget: int | None) -> str | None:
+    """What is wrong with these two, the field's name first; None: nothing."""
+    if offload not in OFFLOADS:
+        return f"offload: {offload!r} is not one of {', '.join(OFFLOADS)}"
+    if offload == SEQUENTIAL and memory_budget:
+        return f"memory_budget: {SEQUENTIAL} keeps nothing on the GPU; leave one of the two out"
+    return None
 
 
 def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
-    """The entry as keyword arguments of a dataclass whose fields are texts, but for the nested ones."""
+    """The entry as keyword arguments of a dataclass whose fields are texts, but for the nested ones and a size."""
     values = _known(cls, entry, where)
-    return {name: value if name in _NESTED else _text(name, value, f"{where}.{name}") for name, value in values.items()}
+    return {name: value if name in _NESTED else _read(name, value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _read(name: str, value: object, where: str) -> WeightsPath | int:
+    return _size(value, where) if name == "memory_budget" else _text(name, value, where)
+
+
+def _size(value: Any, where: str) -> int:
+    try:
+        return parse_byte_size(value)
+    except ValueError as error:
+        raise ManifestError(f"{where}: {value!r} is not a size such as 12GiB or 500MB, or a number of bytes") from error
 
 
 def _known(cls: type[Any], entry: object, where: str) -> dict[str, Any]:

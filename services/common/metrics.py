@@ -71,6 +71,18 @@ class Metrics:
         self.spilled_requests = Counter(
             "safelight_spilled_requests", "Requests that yielded and whose latents left the device.", registry=r
         )
+        self.weights_resident_bytes = Gauge(
+            "safelight_weights_resident_bytes", "Weights on the device now.", ["stage", "model"], registry=r
+        )
+        self.weights_peak_bytes = Gauge(
+            "safelight_weights_peak_bytes", "Most weights on the device so far.", ["stage", "model"], registry=r
+        )
+        self.weights_streamed_bytes = Counter(
+            "safelight_weights_streamed_bytes",
+            "Weights copied to the device because they do not stay there.",
+            ["stage", "model"],
+            registry=r,
+        )
         self.tensor_bytes = Counter(
             "safelight_tensor_bytes",
             "Tensor bytes received, by path (inline, local, shared, stream).",

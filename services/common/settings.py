@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
 
+from safelight.byte_sizes import parse_byte_size
+
 
 class SettingsError(Exception):
     """A setting is unknown or can't be read; the message names it."""
@@ -50,6 +52,12 @@ class StageSettings(ServerSettings):
     fetch: bool = setting(True, "Fetch weights from hubs (docs/models.md); if not, they must be on this machine.")
     device: str = setting("auto", "torch device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")
     threads: int = setting(0, "Threads of a CPU computation; 0: torch's choice.")
+    offload: str = setting(
+        "none", "When weights leave the GPU: none, cpu_offload or sequential_cpu_offload (docs/models.md)."
+    )
+    memory_budget: int | None = setting(
+        None, "Most GPU memory for each network's weights, e.g. 12GiB; the rest streams. None: no bound."
+    )
     lease_seconds: float = setting(120.0, "How long a tensor is kept for its consumer.")
     max_tensor_bytes: int = setting(2 * 1024**3, "Largest tensor accepted from another stage.")
     shared_memory_bytes: int = setting(
@@ -156,15 +164,22 @@ def _parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _parse_bound(text: str) -> int | None:
+    """Bytes, or no bound."""
+    return None if text.lower() in ("", "none") else parse_byte_size(text)
+
+
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     int: int,
     float: _parse_float,
     bool: _parse_bool,
     tuple[str, ...]: _parse_list,
+    int | None: _parse_bound,
 }
 _NOUNS: dict[Callable[[str], Any], str] = {
     int: "a whole number",
     _parse_float: "a finite number",
     _parse_bool: "true or false",
+    _parse_bound: "a size such as 12GiB or 500MB, or a number of bytes",
 }

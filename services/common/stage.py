@@ -26,7 +26,7 @@ from services.common.exchange import (
 )
 from services.common.load_servicer import LoadServicer
 from services.common.logs import configure_logs
-from services.common.manifest import ManifestError
+from services.common.manifest import ManifestError, ModelEntry, load_manifest, offload_fault, with_offload
 from services.common.metrics import Metrics
 from services.common.model_servicer import ModelServicer
 from services.common.server import BindError, Server, Service, stop_signal
@@ -72,6 +72,18 @@ def make_surroundings(settings: StageSettings) -> Surroundings:
     metrics = Metrics()
     store = TensorStore(settings.lease_seconds, metrics)
     return Surroundings(metrics, store, ChannelPool(), SharedMemoryServer(store, settings.shared_memory_bytes))
+
+
+def served_models(settings: StageSettings) -> tuple[ModelEntry, ...]:
+    """The models of the manifest, offloaded as the stage's settings say where they say nothing of it.
+
+    Raises:
+        ManifestError: the manifest can't be read.
+        SettingsError: there is no such offload.
+    """
+    if fault := offload_fault(settings.offload, settings.memory_budget):
+        raise SettingsError(fault)
+    return with_offload(load_manifest(settings.manifest), settings.offload, settings.memory_budget)
 
 
 def stage_mounts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from services.decoder.models.sd15 import load_sd15
 from services.decoder.models.sdxl import load_sdxl
 from services.decoder.models.wan import WanDecoder
 from services.decoder.tiling import Tiling
+from services.modeling.placement import PlacedWeights
 
 
 @runtime_checkable
@@ -22,6 +23,7 @@ class PictureDecoder(Protocol):
     """What the engine needs of a model family."""
 
     fingerprint: str
+    weights: Sequence[PlacedWeights]
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -41,6 +43,7 @@ class FilmDecoder(Protocol):
     """What the engine needs of a family that makes films."""
 
     fingerprint: str
+    weights: Sequence[PlacedWeights]
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model; `frames_per_latent` says that it makes films."""

@@ -11,10 +11,9 @@ from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS
 from services.common.batching import BatchLimits
 from services.common.executor import DeviceExecutor
-from services.common.manifest import load_manifest
 from services.common.picture_files import PictureLimits
 from services.common.server import Service
-from services.common.stage import Surroundings, stage_mounts
+from services.common.stage import Surroundings, served_models, stage_mounts
 from services.decoder.decoding import Decoding
 from services.decoder.device_work import Computation, DeviceQueue, DeviceWork, compute_on
 from services.decoder.film_decoding import FilmDecoding
@@ -25,6 +24,7 @@ from services.decoder.servicer import DecoderServicer
 from services.decoder.settings import DecoderSettings
 from services.decoder.tiling import Tiling
 from services.modeling.components import configure_torch
+from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
 
 
@@ -35,12 +35,17 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
         CheckpointError: a model's weights can't be loaded.
     """
     device = configure_torch(settings.device, settings.threads)
-    decoders = load_stage("decoder", load_manifest(settings.manifest), LOADERS, device, from_hub=settings.fetch)
+    decoders = load_stage("decoder", served_models(settings), LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, decoder) for name, decoder in decoders.items()}
     executor = DeviceExecutor("decoder")
 
+    device_use = DeviceUse("decoder", decoders, surroundings.metrics)
+
+    async def compute(computation: Computation) -> Tensor:
+        return await compute_on(executor, lambda: device_use.run(computation, queue.is_idle))
+
     async def run(computations: Sequence[Computation]) -> Sequence[Tensor]:
-        return [await compute_on(executor, computation) for computation in computations]
+        return [await compute(computation) for computation in computations]
 
     # Batching does not pay in a VAE: one picture fills the device. The batcher is the bounded queue.
     limits = BatchLimits(max_size=1, max_wait_seconds=0.0, capacity=settings.queue_capacity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from safelight.errors import DeadlineExceededError, OutOfMemoryError, OverloadedError, StageDrainingError
 from services.common.executor import DeviceExecutor
@@ -29,12 +29,19 @@ class DenoiseLoop:
         scheduler: forms batches; its clock is `time.monotonic()`.
         executor: the device's thread.
         metrics: where steps and queues are counted.
+        on_idle: runs on the device's thread when no request is left.
     """
 
     def __init__(
-        self, engine: DenoiserEngine, scheduler: StepScheduler[DenoiseJob], executor: DeviceExecutor, metrics: Metrics
+        self,
+        engine: DenoiserEngine,
+        scheduler: StepScheduler[DenoiseJob],
+        executor: DeviceExecutor,
+        metrics: Metrics,
+        on_idle: Callable[[], None],
     ) -> None:
         self.draining = False
+        self._on_idle = on_idle
         self._engine = engine
         self._scheduler = scheduler
         self._executor = executor
@@ -114,6 +121,7 @@ class DenoiseLoop:
                 await self._spill()
             else:
                 self._work.clear()
+                await self._executor.run(self._on_idle)
                 await self._work.wait()
 
     def _expire(self) -> None:

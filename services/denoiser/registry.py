@@ -16,6 +16,7 @@ from services.denoiser.models.sd15 import load_sd15
 from services.denoiser.models.sdxl import load_sdxl
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
+from services.modeling.placement import PlacedWeights
 
 
 class Denoiser(Protocol):
@@ -24,6 +25,7 @@ class Denoiser(Protocol):
     sampling: ModelSampling
     fingerprint: str
     device: torch.device
+    weights: Sequence[PlacedWeights]
     preview_map: LatentPreviewMap | None
 
     def describe(self, name: str) -> ModelDescription:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from safelight.v1 import denoiser_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.executor import DeviceExecutor
-from services.common.manifest import load_manifest
 from services.common.server import Service
-from services.common.stage import Surroundings, stage_mounts
+from services.common.stage import Surroundings, served_models, stage_mounts
 from services.denoiser.checkpoints import CheckpointWriter
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.denoising import Denoising
@@ -24,6 +23,7 @@ from services.denoiser.servicer import DenoiserServicer
 from services.denoiser.settings import DenoiserSettings, parse_tenant_weights
 from services.denoiser.warm_up import warm_up
 from services.modeling.components import configure_torch
+from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
 
 
@@ -35,15 +35,15 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
         SettingsError: a tenant's weight can't be read.
     """
     device = configure_torch(settings.device, settings.threads)
-    entries = load_manifest(settings.manifest)
-    loaded = load_stage("denoiser", entries, LOADERS, device, from_hub=settings.fetch)
+    loaded = load_stage("denoiser", served_models(settings), LOADERS, device, from_hub=settings.fetch)
     engine = DenoiserEngine(loaded, settings.batch_cfg)
     models = {name: _describe(name, model, settings) for name, model in engine.models.items()}
     executor = DeviceExecutor("denoiser")
     limits = SchedulerLimits(settings.max_running, settings.max_batch_rows, settings.queue_capacity)
     costs = StepCosts()
     scheduler = StepScheduler[DenoiseJob](limits, costs, parse_tenant_weights(settings.tenant_weights))
-    loop = DenoiseLoop(engine, scheduler, executor, surroundings.metrics)
+    device_use = DeviceUse("denoiser", engine.models, surroundings.metrics)
+    loop = DenoiseLoop(engine, scheduler, executor, surroundings.metrics, device_use.leave)
     reader, store = surroundings.reader(settings), surroundings.store
     checkpoints = CheckpointWriter(store, surroundings.metrics)
     preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id)

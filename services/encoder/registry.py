@@ -14,12 +14,14 @@ from services.encoder.models.flux import FluxEncoder
 from services.encoder.models.sd15 import SD15Encoder
 from services.encoder.models.sdxl import SDXLEncoder
 from services.encoder.tokenization import TokenizedPrompt
+from services.modeling.placement import PlacedWeights
 
 
 class PromptEncoder(Protocol):
     """What the engine needs of a model family."""
 
     fingerprint: str
+    weights: Sequence[PlacedWeights]
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

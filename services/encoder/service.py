@@ -8,15 +8,15 @@ from safelight.v1 import encoder_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.batching import BatchLimits
 from services.common.executor import DeviceExecutor
-from services.common.manifest import load_manifest
 from services.common.server import Service
-from services.common.stage import Surroundings, stage_mounts
+from services.common.stage import Surroundings, served_models, stage_mounts
 from services.encoder.embedding_cache import EmbeddingCache
 from services.encoder.encoding import ConditioningTensors, Encoding, PromptBatcher, PromptJob, encode_batch
 from services.encoder.registry import LOADERS, PromptEncoder
 from services.encoder.servicer import EncoderServicer
 from services.encoder.settings import EncoderSettings
 from services.modeling.components import configure_torch
+from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
 
 
@@ -27,12 +27,14 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
         CheckpointError: a model's weights can't be loaded.
     """
     device = configure_torch(settings.device, settings.threads)
-    encoders = load_stage("encoder", load_manifest(settings.manifest), LOADERS, device, from_hub=settings.fetch)
+    encoders = load_stage("encoder", served_models(settings), LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, encoder, settings) for name, encoder in encoders.items()}
     executor = DeviceExecutor("encoder")
 
+    device_use = DeviceUse("encoder", encoders, surroundings.metrics)
+
     async def run(jobs: Sequence[PromptJob]) -> Sequence[ConditioningTensors]:
-        return await executor.run(lambda: encode_batch(encoders, jobs))
+        return await executor.run(lambda: device_use.run(lambda: encode_batch(encoders, jobs), batcher.is_idle))
 
     limits = BatchLimits(settings.max_batch_prompts, settings.batch_wait_seconds, settings.queue_capacity)
     batcher = PromptBatcher("encoder", run, limits, surroundings.metrics)

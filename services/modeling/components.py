@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from safelight.errors import CheckpointError
-from services.common.manifest import ModelEntry, Part
+from services.common.manifest import FLOAT8, ModelEntry, Part
 from services.modeling.product_speed import bfloat16_is_fast
 from services.modeling.weights import Checkpoint, open_checkpoint
 
@@ -140,12 +140,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, half: torch.dtype = torch.float16) -> torch.dtype:
-    """The dtype of a manifest entry; "auto" is float32 on a CPU and, elsewhere, the half precision of the family.
+    """What a manifest entry computes in; "auto" is float32 on a CPU and, elsewhere, the half precision of the family.
 
-    bfloat16 is float32, and logged as such, on a CPU that is slower with it: more memory and less time.
+    float8_e4m3fn, a form of storage, computes in bfloat16. bfloat16 is float32, and logged as such, on a CPU that is
+    slower with it: more memory and less time.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else half
+    if name == FLOAT8:
+        name = "bfloat16"
     if name == "bfloat16" and device.type == "cpu" and not bfloat16_is_fast():
         _log.warning("this CPU computes float32 faster than bfloat16: float32 it is, which takes more memory")
         return torch.float32

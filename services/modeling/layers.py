@@ -5,12 +5,13 @@ An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.modeling.float8 import is_stored_as_float8
 from services.modeling.packing import (
     ConvGeometry,
     can_pack,
@@ -50,9 +51,10 @@ class Linear(nn.Linear):
     __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.weight.is_mkldnn:
-            return packed_linear(x, self.weight, self.bias, add=residual)
-        y = F.linear(x, self.weight, self.bias)
+        weight = self.weight  # once: what is stored in eight bits is brought back each time
+        if weight.is_mkldnn:
+            return packed_linear(x, weight, self.bias, add=residual)
+        y = F.linear(x, weight, self.bias)
         return y if residual is None else y + residual
 
     def pack(self) -> None:
@@ -66,9 +68,10 @@ class GeluLinear(nn.Linear):
     __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.is_mkldnn:
-            return packed_linear(x, self.weight, self.bias, activation="gelu_tanh")
-        return F.gelu(super().forward(x), approximate="tanh")
+        weight = self.weight
+        if weight.is_mkldnn:
+            return packed_linear(x, weight, self.bias, activation="gelu_tanh")
+        return F.gelu(F.linear(x, weight, self.bias), approximate="tanh")
 
     def pack(self) -> None:
         """Replaces the weight by its packed form."""
@@ -88,11 +91,12 @@ class GatedLinear(nn.Linear):
         self.register_parameter("packed_gate", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.is_mkldnn:
+        weight = self.weight
+        if weight.is_mkldnn:
             value_bias, gate_bias = self.bias.chunk(2)
             gate = packed_linear(x, self.packed_gate, gate_bias, activation="gelu")
-            return packed_linear(x, self.weight, value_bias, multiply=gate)
-        value, gate = super().forward(x).chunk(2, dim=-1)
+            return packed_linear(x, weight, value_bias, multiply=gate)
+        value, gate = F.linear(x, weight, self.bias).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def pack(self) -> None:
@@ -117,9 +121,10 @@ class Conv2d(nn.Conv2d):
             return _pixelwise_linear(x, self._matrix, self.bias, residual)
         if self._tiles is not None:
             return tiled_conv2d(x, self._tiles, self.bias, residual)
-        if self.weight.is_mkldnn:
-            return packed_conv2d(x, self.weight, self.bias, self._geometry(), add=residual)
-        y = super().forward(x)
+        weight = self.weight
+        if weight.is_mkldnn:
+            return packed_conv2d(x, weight, self.bias, self._geometry(), add=residual)
+        y: Tensor = self._conv_forward(x, weight, self.bias)
         return y if residual is None else y + residual
 
     def pack(self) -> None:
@@ -197,8 +202,14 @@ def pack_weights(module: nn.Module) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice."""
     # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
     for layer in module.modules():
-        if isinstance(layer, Packable) and can_pack(layer.weight.device.type, layer.weight.dtype):
+        if _packs(layer) and can_pack(layer.weight.device.type, layer.weight.dtype):
             layer.pack()
+
+
+def _packs(layer: nn.Module) -> TypeGuard[Packable]:
+    """Whether the layer has a weight to pack; one in eight bits is left so."""
+    matrix = layer.conv if isinstance(layer, Upsample) else layer
+    return not is_stored_as_float8(matrix) and isinstance(layer, Packable)
 
 
 def _pixelwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

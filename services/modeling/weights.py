@@ -177,13 +177,15 @@ def load_weights(
     dtype: torch.dtype,
     prefix: str = "",
     ignored: Collection[str] = (),
+    float8: bool = False,
 ) -> None:
     """Fills `module`, built on the meta device, with tensors of `checkpoint` on `device` in `dtype`.
 
     `sources` says of which checkpoint tensors, or pieces of them, each of the module's own is made; several are joined
     on dimension 0 (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a
-    linear layer. A tensor that is on `device` in `dtype` already stays the mapped file. Names under `prefix` belong to
-    this module: one that is neither used nor `ignored` on purpose is an error.
+    linear layer. A tensor that is on `device` in `dtype` already stays the mapped file; with `float8`, so does a
+    layer's matrix that the file has in float8_e4m3fn (`place` makes a layer of it that can compute). Names under
+    `prefix` belong to this module: one that is neither used nor `ignored` on purpose is an error.
 
     Raises CheckpointError with the first missing, unexpected and mis-shaped names and the counts of all.
     """
@@ -191,10 +193,12 @@ def load_weights(
     if targets.keys() != sources.keys():
         raise ValueError(f"sources and module differ in {sorted(targets.keys() ^ sources.keys())[:_NAMED_KEYS]}")
     _check_fit(targets, checkpoint, sources, prefix, ignored, type(module).__name__)
-    state = {
-        name: _assemble(_read(checkpoint, sources[name]), target.shape, device, dtype)
-        for name, target in targets.items()
-    }
+    matrices = _matrices(module) if float8 else set()
+    state = {}
+    for name, target in targets.items():
+        parts = _read(checkpoint, sources[name])
+        keeps = name in matrices and all(part.dtype == torch.float8_e4m3fn for part in parts)
+        state[name] = _assemble(parts, target.shape, device, parts[0].dtype if keeps else dtype)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
 
@@ -316,6 +320,12 @@ def _assemble(parts: Sequence[Tensor], shape: torch.Size, device: torch.device, 
     for piece, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
         piece.copy_(part.reshape(piece.shape))
     return whole
+
+
+def _matrices(module: nn.Module) -> set[str]:
+    """The names of the weights of linear maps and convolutions."""
+    layers = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return {f"{name}.weight" for name in layers}
 
 
 def _first(names: Sequence[str]) -> str:

@@ -113,7 +113,13 @@ def test_a_config_of_another_pipeline_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
-        ({"offload_mode": "cpu_offload"}, UnsupportedError, "^offload_mode: 'cpu_offload' is not served"),
+        ({"memory_budget": "12 apples"}, InvalidRequestError, "^memory_budget: is '12 apples'; give a number of bytes"),
+        ({"memory_budget": -1}, InvalidRequestError, "^memory_budget: is -1"),
+        (
+            {"memory_budget": "1GiB", "offload_mode": "sequential_cpu_offload"},
+            InvalidRequestError,
+            "^memory_budget: sequential_cpu_offload keeps nothing",
+        ),
         ({"offload_mode": "gpu"}, InvalidRequestError, "^offload_mode: is 'gpu'; choose from None, 'disable'"),
         ({"offload_to_disk": True}, UnsupportedError, "^offload_to_disk: not served"),
         ({"model_dtype": torch.int8}, InvalidRequestError, "^model_dtype: is 'int8'; choose from auto, float32"),
@@ -157,6 +163,27 @@ def test_tiles_are_told_in_latent_elements_and_overlap_by_a_quarter_to_a_half(
 
 def test_without_tiling_the_stack_s_own_settings_stay() -> None:
     assert stack_settings(SDPipelineConfig("x", batch_cfg=True)) == {"device": "auto", "batch_cfg": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({"offload_mode": "disable"}, {"offload": "none"}),
+        ({"offload_mode": "cpu_offload"}, {"offload": "cpu_offload"}),
+        ({"offload_mode": "sequential_cpu_offload"}, {"offload": "sequential_cpu_offload"}),
+        ({"memory_budget": "12GiB"}, {"offload": "cpu_offload", "memory_budget": 12 * 2**30}),
+        ({"memory_budget": 10**9, "offload_mode": "disable"}, {"offload": "none", "memory_budget": 10**9}),
+    ],
+)
+def test_offloading_is_the_whole_stack_s(fields: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert settings.items() <= stack_settings(SDPipelineConfig("x", **fields)).items()
+
+
+def test_offloading_without_a_gpu_changes_nothing(tiny_sd15: Path, pipeline: SDImagePipeline) -> None:
+    config = SDPipelineConfig(tiny_sd15, device="cpu", offload_mode="sequential_cpu_offload")
+    options: dict[str, Any] = {"prompt": "a cat", "seed": 1, "num_inference_steps": 1, "width": 64, "height": 64}
+    with SDImagePipeline.from_pretrained(config) as offloaded:
+        assert offloaded(**options).tobytes() == pipeline(**options).tobytes()
 
 
 def test_the_demo_model_is_named_demo() -> None:

@@ -22,6 +22,7 @@ from services.decoder.models.autoencoder_kl_keys import Layout, find_layout
 from services.modeling.attention import attention
 from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample
 from services.modeling.norms import GroupNorm
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 IMAGE_CHANNELS = 3
@@ -228,6 +229,20 @@ class AutoencoderKL(nn.Module):
     def denormalize(self, latents: Tensor) -> Tensor:
         """A denoiser's latents to a posterior mean, which `decode` takes."""
         return latents / self.params.latent_scale.factor + self.params.latent_scale.shift
+
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: the encoder's, then the decoder's."""
+        ends = (self.encoder.conv_in, self.encoder.norm_out, self.encoder.conv_out, self.quant_conv)
+        other_ends = (self.post_quant_conv, self.decoder.conv_in, self.decoder.norm_out, self.decoder.conv_out)
+        down, up = self.encoder.down_blocks, self.decoder.up_blocks
+        return [
+            WeightBlock("encoder.ends", ends),
+            *(WeightBlock(f"encoder.down_blocks.{level}", (block,)) for level, block in enumerate(down)),
+            WeightBlock("encoder.mid_block", (self.encoder.mid_block,)),
+            WeightBlock("decoder.ends", other_ends),
+            WeightBlock("decoder.mid_block", (self.decoder.mid_block,)),
+            *(WeightBlock(f"decoder.up_blocks.{level}", (block,)) for level, block in enumerate(up)),
+        ]
 
     def _feature_map(self, x: Tensor) -> Tensor:
         return x.to(dtype=self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)

@@ -3,6 +3,7 @@ what no shape tells."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from safelight.v1.model_pb2 import DecoderDescription, ModelDescription
 from services.common.manifest import ModelEntry
 from services.decoder.models.autoencoder_kl import AutoencoderKL, LatentScale, load_autoencoder_kl
 from services.decoder.tiling import Tiling, tiled_decode, tiled_encode
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
 
@@ -36,19 +38,16 @@ class VaeDecoder:
 
     Args:
         family: of the model.
-        vae: the network, on its device.
+        vae: the network, placed.
         fingerprint: of its weights.
-        device: where it computes.
-        dtype: what it computes in.
     """
 
-    def __init__(
-        self, family: VaeFamily, vae: AutoencoderKL, fingerprint: str, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, family: VaeFamily, vae: Placed[AutoencoderKL], fingerprint: str) -> None:
         self._family = family
-        self._vae = vae
+        self._vae = vae.network
+        self.weights: Sequence[PlacedWeights] = (vae.weights,)
         self.fingerprint = fingerprint
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype = vae.placement.device, vae.placement.dtype
 
     @classmethod
     def load(cls, family: VaeFamily, entry: ModelEntry, device: torch.device) -> VaeDecoder:
@@ -58,11 +57,15 @@ class VaeDecoder:
             CheckpointError: the weights are missing, damaged or not of this architecture.
         """
         source = open_component(entry, entry.decoder, "vae")
-        dtype = resolve_dtype(entry.decoder.dtype, device, family.half)
+        placement = placement_of(entry.decoder, device, family.half)
         vae = load_autoencoder_kl(
-            source.checkpoint, source.config, device=device, dtype=dtype, latent_scale=family.latent_scale
+            source.checkpoint,
+            source.config,
+            device=placement.loading_device,
+            dtype=placement.dtype,
+            latent_scale=family.latent_scale,
         )
-        return cls(family, vae, source.checkpoint.fingerprint, device, dtype)
+        return cls(family, place(vae, placement, vae.weight_blocks()), source.checkpoint.fingerprint)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
 import torch
@@ -13,7 +13,8 @@ from services.common.manifest import ModelEntry
 from services.decoder.models.causal_conv import Past
 from services.decoder.models.wan_vae import FRAMES_PER_LATENT, WanVAE, load_wan_vae
 from services.decoder.tiling import Tiling, tiled_decode, tiled_encode
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
 
@@ -21,16 +22,15 @@ class WanDecoder:
     """A causal VAE that tiles large frames.
 
     Args:
-        vae: the network, on its device.
+        vae: the network, placed.
         fingerprint: of its weights.
-        device: where it computes.
-        dtype: what it computes in.
     """
 
-    def __init__(self, vae: WanVAE, fingerprint: str, device: torch.device, dtype: torch.dtype) -> None:
-        self._vae = vae
+    def __init__(self, vae: Placed[WanVAE], fingerprint: str) -> None:
+        self._vae = vae.network
+        self.weights: Sequence[PlacedWeights] = (vae.weights,)
         self.fingerprint = fingerprint
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype = vae.placement.device, vae.placement.dtype
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> WanDecoder:
@@ -42,9 +42,9 @@ class WanDecoder:
             CheckpointError: the weights are missing, damaged or not of this architecture.
         """
         source = open_component(entry, entry.decoder, "vae")
-        dtype = resolve_dtype("float32" if entry.decoder.dtype == "auto" else entry.decoder.dtype, device)
-        vae = load_wan_vae(source.checkpoint, source.config, device=device, dtype=dtype)
-        return cls(vae, source.checkpoint.fingerprint, device, dtype)
+        placement = placement_of(entry.decoder, device, torch.float32)
+        vae = load_wan_vae(source.checkpoint, source.config, device=placement.loading_device, dtype=placement.dtype)
+        return cls(place(vae, placement, vae.weight_blocks()), source.checkpoint.fingerprint)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

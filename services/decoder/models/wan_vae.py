@@ -26,7 +26,8 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from services.decoder.models.causal_conv import CausalConv3d, DoubleFrames, HalveFrames, Past
 from services.decoder.models.wan_vae_keys import Layout, find_layout
 from services.modeling.attention import attention
-from services.modeling.layers import Conv2d, TensorModule, Upsample, pack_weights
+from services.modeling.layers import Conv2d, TensorModule, Upsample
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 IMAGE_CHANNELS = 3
@@ -218,6 +219,18 @@ class WanVAE(nn.Module):
         std, mean = (self._channels(each, latents) for each in (self.params.latents_std, self.params.latents_mean))
         return latents * std + mean
 
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: the encoder's, then the decoder's."""
+        encoder, decoder = self.encoder, self.decoder
+        return [
+            WeightBlock("encoder.ends", (encoder.conv_in, encoder.norm_out, encoder.conv_out, self.quant_conv)),
+            *(WeightBlock(f"encoder.down_blocks.{index}", (each,)) for index, each in enumerate(encoder.down_blocks)),
+            WeightBlock("encoder.mid_block", (encoder.mid_block,)),
+            WeightBlock("decoder.ends", (self.post_quant_conv, decoder.conv_in, decoder.norm_out, decoder.conv_out)),
+            WeightBlock("decoder.mid_block", (decoder.mid_block,)),
+            *(WeightBlock(f"decoder.up_blocks.{index}", (each,)) for index, each in enumerate(decoder.up_blocks)),
+        ]
+
     @staticmethod
     def _channels(values: Sequence[float], like: Tensor) -> Tensor:
         return like.new_tensor(values)[:, None, None]
@@ -333,5 +346,4 @@ def load_wan_vae(
     sources = {name: (layout.source(name, params.blocks_per_level),) for name in vae.state_dict()}
     load_weights(vae, checkpoint, sources, device=device, dtype=dtype)
     convert_conv2d_weight_memory_format(vae, torch.channels_last)
-    pack_weights(vae)
     return vae.eval()

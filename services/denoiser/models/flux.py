@@ -14,7 +14,8 @@ from services.denoiser.models.flux_dit import PATCH, FluxContext, FluxDiT, load_
 from services.denoiser.models.scheduler_config import flow_sampling, scheduler_config
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "prompt_embeds", "pooled_prompt_embeds"
@@ -33,7 +34,7 @@ class FluxDenoiser:
     """A FLUX.1 transformer with its noise process.
 
     Args:
-        dit: the network, on its device.
+        dit: the network, placed.
         sampling: how its latents are noised, and what takes the noise away.
         fingerprint: of its weights.
         defaults: of requests.
@@ -42,19 +43,19 @@ class FluxDenoiser:
 
     def __init__(
         self,
-        dit: FluxDiT,
+        dit: Placed[FluxDiT],
         sampling: ModelSampling,
         fingerprint: str,
         defaults: Defaults,
         preview_map: LatentPreviewMap | None,
     ) -> None:
-        self._dit = dit
+        self._dit = dit.network
+        self.weights: Sequence[PlacedWeights] = (dit.weights,)
+        self.device, self.dtype = dit.placement.device, dit.placement.dtype
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._defaults = defaults
         self.preview_map = preview_map
-        parameter = next(dit.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> FluxDenoiser:
@@ -64,11 +65,17 @@ class FluxDenoiser:
             CheckpointError: the weights are missing, damaged or not of this architecture.
         """
         source = open_component(entry, entry.denoiser, "transformer")
-        dtype = resolve_dtype(entry.denoiser.dtype, device, torch.bfloat16)
-        dit = load_flux_dit(source.checkpoint, source.config, device=device, dtype=dtype)
+        placement = placement_of(entry.denoiser, device, torch.bfloat16)
+        dit = load_flux_dit(
+            source.checkpoint,
+            source.config,
+            device=placement.loading_device,
+            dtype=placement.dtype,
+            float8=placement.float8,
+        )
         takes_guidance = dit.params.distilled_guidance
         return cls(
-            dit,
+            place(dit, placement, dit.weight_blocks(), dit.full_precision()),
             flow_sampling(scheduler_config(entry) or _SCHEDULERS[takes_guidance], elements_per_token=PATCH**2),
             source.checkpoint.fingerprint,
             entry.defaults_over(_DEFAULTS[takes_guidance]),

@@ -25,7 +25,8 @@ from services.denoiser.models.flux_dit_keys import find_layout
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
 from services.modeling.attention import attention
-from services.modeling.layers import GeluLinear, Linear, TensorModule, pack_weights
+from services.modeling.layers import GeluLinear, Linear, TensorModule
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
 
 PATCH = 2  # a token is 2 x 2 latent elements
@@ -167,6 +168,24 @@ class FluxDiT(TensorModule):
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
         return to_latents(self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale)), latents.shape[-2:])
 
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: both ends, then the blocks between them."""
+        ends = [self.image_in, self.text_in, self.modulation_out, self.proj_out, *self._embedders()]
+        between = [("double_blocks", self.double_blocks), ("single_blocks", self.single_blocks)]
+        return [
+            WeightBlock("ends", tuple(ends)),
+            *(WeightBlock(f"{name}.{index}", (block,)) for name, all_ in between for index, block in enumerate(all_)),
+        ]
+
+    def full_precision(self) -> list[nn.Module]:
+        """What is never stored in eight bits: what makes the modulation that reaches every position, and both ends."""
+        blocks = [*self.double_blocks, *self.single_blocks]
+        ends = [self.image_in, self.text_in, self.modulation_out, self.proj_out]
+        return [*ends, *self._embedders(), *(block.modulation for block in blocks)]
+
+    def _embedders(self) -> list[nn.Module]:
+        return [each for each in (self.time_in, self.vector_in, self.guidance_in) if each is not None]
+
 
 def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """[B, T, 3 W] -> queries and keys [B, T, 2, H, D], float32 and RMS-normed per head, and values [B, T, W]."""
@@ -211,7 +230,12 @@ def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def load_flux_dit(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    float8: bool = False,
 ) -> FluxDiT:
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
@@ -223,6 +247,5 @@ def load_flux_dit(
     with torch.device("meta"):
         dit = FluxDiT(params)
     sources = layout.sources(dit.state_dict().keys())
-    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix)
-    pack_weights(dit)
+    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
     return dit.eval()

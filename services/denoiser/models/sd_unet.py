@@ -23,8 +23,9 @@ from services.denoiser.models.unet_blocks import (
     SpatialTransformer,
     time_features,
 )
-from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample, pack_weights
+from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample
 from services.modeling.norms import GroupNorm
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 # Keys and values of all cross-attentions side by side, [B, L, sum of 2*C]: one tensor, so that one copy joins requests.
@@ -149,13 +150,39 @@ class SDUNet(TensorModule):
             h = level(h, skips, time, kv)
         return self.conv_out(F.silu(self.norm_out(h), inplace=True))
 
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: a prompt's keys and values, both ends, what is between."""
+        between = [
+            (name, module)
+            for name, module in self.named_modules()
+            if isinstance(module, Block | Downsample | Upsample) or module is self.middle_out
+        ]
+        return [
+            WeightBlock("context", tuple(module.to_kv for module in self._cross_attentions())),
+            WeightBlock("ends", (*self._embedders(), self.conv_in, self.norm_out, self.conv_out)),
+            *(WeightBlock(name, (module,)) for name, module in between),
+        ]
+
+    def full_precision(self) -> list[nn.Module]:
+        """What is never stored in eight bits: what makes the time features that reach every position, and both ends."""
+        times = (module.time for module in self.modules() if isinstance(module, ResBlock))
+        return [*self._embedders(), self.conv_in, self.conv_out, *times]
+
+    def _embedders(self) -> list[nn.Module]:
+        return [each for each in (self.time, self.added) if each is not None]
+
     def _cross_attentions(self) -> list[CrossAttention]:
         """In the order in which `forward` comes to them."""
         return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
 
 def load_sd_unet(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    float8: bool = False,
 ) -> SDUNet:
     """Builds the UNet that `checkpoint` holds, in the original single-file layout or in diffusers'; its names tell.
 
@@ -172,8 +199,7 @@ def load_sd_unet(
         unet = SDUNet(params)
     find_sources, prefix = (ldm_sources, LDM_PREFIX) if in_one_file else (diffusers_sources, "")
     sources = find_sources(unet.state_dict().keys(), params)
-    load_weights(unet, checkpoint, sources, device=device, dtype=dtype, prefix=prefix)
-    pack_weights(unet)
+    load_weights(unet, checkpoint, sources, device=device, dtype=dtype, prefix=prefix, float8=float8)
     return unet.eval()
 
 

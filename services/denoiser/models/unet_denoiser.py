@@ -18,7 +18,8 @@ from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, st
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
-from services.modeling.components import open_component, read_json, resolve_dtype
+from services.modeling.components import open_component, read_json
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
@@ -74,7 +75,7 @@ class UNetDenoiser:
 
     Args:
         family: of the model.
-        unet: the network, on its device.
+        unet: the network, placed.
         sampling: how its latents are noised, and what takes the noise away.
         fingerprint: of its weights.
         sample_size: default width and height in latent elements.
@@ -86,7 +87,7 @@ class UNetDenoiser:
     def __init__(
         self,
         family: UNetFamily,
-        unet: SDUNet,
+        unet: Placed[SDUNet],
         sampling: ModelSampling,
         fingerprint: str,
         sample_size: int,
@@ -95,15 +96,15 @@ class UNetDenoiser:
         preview_map: LatentPreviewMap | None,
     ) -> None:
         self._family = family
-        self._unet = unet
+        self._unet = unet.network
+        self.weights: Sequence[PlacedWeights] = (unet.weights,)
+        self.device, self.dtype = unet.placement.device, unet.placement.dtype
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._sample_size = sample_size
         self._defaults = defaults
         self._tokens = tokens
         self.preview_map = preview_map
-        parameter = next(unet.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
 
     @classmethod
     def load(cls, family: UNetFamily, entry: ModelEntry, device: torch.device) -> UNetDenoiser:
@@ -113,15 +114,21 @@ class UNetDenoiser:
             CheckpointError: the weights are missing, damaged or not of this family.
         """
         source = open_component(entry, entry.denoiser, "unet")
-        dtype = resolve_dtype(entry.denoiser.dtype, device)
-        unet = load_sd_unet(source.checkpoint, source.config, device=device, dtype=dtype)
+        placement = placement_of(entry.denoiser, device)
+        unet = load_sd_unet(
+            source.checkpoint,
+            source.config,
+            device=placement.loading_device,
+            dtype=placement.dtype,
+            float8=placement.float8,
+        )
         if (family.added is not None) != (unet.params.added_width > 0):
             raise CheckpointError(f"model {entry.name!r}: {source.checkpoint} is not of family {family.name!r}")
         sample_size = int((source.config or {}).get("sample_size", family.sample_size))
         text_config = read_json(entry.paths[0] / "text_encoder" / "config.json") or {}
         return cls(
             family,
-            unet,
+            place(unet, placement, unet.weight_blocks(), unet.full_precision()),
             stable_diffusion_sampling(scheduler_config(entry)),
             source.checkpoint.fingerprint,
             sample_size,

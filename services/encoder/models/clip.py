@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 HEAD_WIDTH = 64  # of every CLIP text model that was published
@@ -72,6 +73,19 @@ class ClipTextEncoder(nn.Module):
         """One embedding [B, D] of each prompt: the last hidden state, normed, at the end of text. token_ids: [B, L]."""
         pooled: Tensor = self.model(token_ids).pooler_output
         return pooled
+
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: the embeddings, each layer, the final norm."""
+        return clip_blocks(_text_model(self.model))
+
+
+def clip_blocks(text_model: Any) -> list[WeightBlock]:
+    """The blocks of a text model of transformers."""
+    return [
+        WeightBlock("embeddings", (text_model.embeddings,)),
+        *(WeightBlock(f"layers.{index}", (layer,)) for index, layer in enumerate(text_model.encoder.layers)),
+        WeightBlock("final_layer_norm", (text_model.final_layer_norm,)),
+    ]
 
 
 def check_clip_skip(clip_skip: int, layers: int) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from services.encoder.models.clip import HEAD_WIDTH, check_clip_skip
+from services.encoder.models.clip import HEAD_WIDTH, check_clip_skip, clip_blocks
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, Piece, Source, load_weights
 
 # transformers takes it to mean: the text ends at its highest token id, as open_clip does.
@@ -91,6 +92,11 @@ class ClipGTextEncoder(nn.Module):
         check_clip_skip(clip_skip, self.layers)
         output = self.model(token_ids, output_hidden_states=True)
         return output.hidden_states[-clip_skip], output.text_embeds
+
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: the text model's, then the projection."""
+        projection = WeightBlock("text_projection", (self.model.text_projection,))
+        return [*clip_blocks(self.model.text_model), projection]
 
 
 def load_clip_g(

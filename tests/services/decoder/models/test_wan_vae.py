@@ -12,6 +12,7 @@ from safelight.errors import CheckpointError
 from services.decoder.models.causal_conv import Past
 from services.decoder.models.wan_vae import WanVAE, decode_film, encode_film, film_pieces, load_wan_vae
 from services.decoder.models.wan_vae_keys import DIFFUSERS, ORIGINAL, Layout
+from services.modeling.placement import Placement, place
 from services.modeling.weights import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -43,7 +44,8 @@ def vae(reference: AutoencoderKLWan, folder: Path) -> WanVAE:
 
 
 def _load(path: Path, config: dict[str, object] | None) -> WanVAE:
-    return load_wan_vae(open_checkpoint(path), config, device=CPU, dtype=torch.float32)
+    vae = load_wan_vae(open_checkpoint(path), config, device=CPU, dtype=torch.float32)
+    return place(vae, Placement(device=CPU, dtype=torch.float32), vae.weight_blocks()).network
 
 
 def _write_original(vae: WanVAE, reference: AutoencoderKLWan, path: Path, leave_out: str = "") -> Path:

@@ -18,6 +18,7 @@ from services.denoiser.models.dit_layout import Layout
 from services.denoiser.models.flux_dit import FluxDiT, load_flux_dit, stack_context, to_latents, to_tokens
 from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL
 from services.denoiser.models.flux_dit_params import params_from_config
+from services.modeling.placement import Placement, place
 from services.modeling.weights import CheckpointError, open_checkpoint
 from tests.support.flux_layout import original_flux_tensors
 from tests.support.gguf_layout import save_gguf
@@ -48,7 +49,9 @@ def dev() -> FluxTransformer2DModel:
 
 def load(path: Path, reference: FluxTransformer2DModel | None, dtype: torch.dtype = torch.float32) -> FluxDiT:
     config = None if reference is None else reference.config
-    return load_flux_dit(open_checkpoint(path), config, device=torch.device("cpu"), dtype=dtype)
+    placement = Placement(device=torch.device("cpu"), dtype=dtype)
+    dit = load_flux_dit(open_checkpoint(path), config, device=placement.device, dtype=dtype)
+    return place(dit, placement, dit.weight_blocks()).network
 
 
 def saved(path: Path, tensors: Mapping[str, Tensor]) -> Path:

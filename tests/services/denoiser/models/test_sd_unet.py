@@ -15,6 +15,7 @@ from torch import Tensor
 from services.denoiser.models.sd_unet import SDUNet, load_sd_unet, stack_context
 from services.denoiser.models.sd_unet_keys import diffusers_sources, ldm_sources
 from services.denoiser.models.sd_unet_params import params_from_config
+from services.modeling.placement import Placement, place
 from services.modeling.weights import CheckpointError, open_checkpoint
 from tests.support.ldm_layout import ldm_unet_name
 
@@ -72,7 +73,8 @@ def reference_unet(**options: Any) -> UNet2DConditionModel:
 
 
 def load(path: Path, config: Mapping[str, Any] | None, dtype: torch.dtype = torch.float32) -> SDUNet:
-    return load_sd_unet(open_checkpoint(path), config, device=CPU, dtype=dtype)
+    unet = load_sd_unet(open_checkpoint(path), config, device=CPU, dtype=dtype)
+    return place(unet, Placement(device=CPU, dtype=dtype), unet.weight_blocks()).network
 
 
 def saved(path: Path, tensors: Mapping[str, Tensor]) -> Path:

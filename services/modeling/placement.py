@@ -1,0 +1,141 @@
+"""Where a network's weights are kept, in which form, and when they come to the device that computes with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from services.common.manifest import CPU_OFFLOAD, FLOAT8, SEQUENTIAL, Part
+from services.modeling.components import resolve_dtype
+from services.modeling.float8 import store_as_float8
+from services.modeling.layers import pack_weights
+from services.modeling.residency import RESIDENT, Residency
+from services.modeling.weight_streaming import OffloadedWeights, WeightAccount, WeightBlock
+from services.modeling.weight_transfer import transfer_to
+
+Network = TypeVar("Network", bound=nn.Module)
+
+_log = logging.getLogger("safelight.placement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How one network is placed.
+
+    Args:
+        device: computes.
+        dtype: of the computation.
+        float8: store the large matrices in float8.
+        residency: how much of the weights the device holds, and until when.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    float8: bool = False
+    residency: Residency = RESIDENT
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where weights are loaded before they are placed: as a whole they may be too large for the device."""
+        return self.device if self.residency == RESIDENT and not self.float8 else torch.device("cpu")
+
+
+class PlacedWeights(Protocol):
+    """The weights of a network, wherever they are."""
+
+    account: WeightAccount
+
+    def leave(self) -> None:
+        """The network has no work: give the device back, if that is wanted."""
+        ...
+
+    def at_home(self) -> AbstractContextManager[None]:
+        """Keeps every weight where it stays meanwhile: what is changed there now lasts."""
+        ...
+
+
+class ResidentWeights:
+    """Weights that are on the device, always."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.account = WeightAccount(sum(parameter.nbytes for parameter in network.parameters()))
+
+    def leave(self) -> None:
+        """They stay."""
+
+    def at_home(self) -> AbstractContextManager[None]:
+        """They are."""
+        return nullcontext()
+
+
+def placement_of(part: Part, device: torch.device, half: torch.dtype = torch.float16) -> Placement:
+    """What the manifest asks for a network, of a family with this half precision (`resolve_dtype`).
+
+    Where a CPU computes, nothing is offloaded: the weights are there.
+    """
+    residency = _residency(part)
+    if device.type == "cpu" and residency != RESIDENT:
+        _log.warning("on a CPU there is nothing to offload weights from: they stay")
+        residency = RESIDENT
+    dtype = resolve_dtype(part.dtype, device, half)
+    return Placement(device=device, dtype=dtype, float8=part.dtype == FLOAT8, residency=residency)
+
+
+@dataclass(frozen=True)
+class Placed(Generic[Network]):
+    """A network that is ready to compute."""
+
+    network: Network
+    placement: Placement
+    weights: PlacedWeights
+
+
+def place(
+    network: Network, placement: Placement, blocks: Sequence[WeightBlock], full_precision: Sequence[nn.Module] = ()
+) -> Placed[Network]:
+    """Bring a loaded network's weights to where and into the form in which they are kept.
+
+    Args:
+        network: loaded onto `placement.loading_device`.
+        placement: where, and how.
+        blocks: all of the network, in the order in which it computes.
+        full_precision: modules that are never stored in eight bits beside norms, biases and embeddings: modulation.
+
+    Raises:
+        ValueError: a parameter is in no block.
+    """
+    _check_complete(network, blocks)
+    if placement.float8:
+        store_as_float8(network, placement.dtype, full_precision)
+    _move_buffers(network, placement.device)
+    if placement.residency != RESIDENT:
+        return Placed(network, placement, OffloadedWeights(blocks, placement.residency, transfer_to(placement.device)))
+    network.to(placement.device)
+    weights = ResidentWeights(network)
+    pack_weights(network)
+    return Placed(network, placement, weights)
+
+
+def _residency(part: Part) -> Residency:
+    if part.offload == SEQUENTIAL:
+        return Residency(budget_bytes=0, leaves_when_idle=True)
+    return Residency(budget_bytes=part.memory_budget, leaves_when_idle=part.offload == CPU_OFFLOAD)
+
+
+def _check_complete(network: nn.Module, blocks: Sequence[WeightBlock]) -> None:
+    covered = {parameter for block in blocks for module in block.modules for parameter in module.parameters()}
+    if left := [name for name, parameter in network.named_parameters() if parameter not in covered]:
+        raise ValueError(f"{type(network).__name__}: {left[0]} and {len(left) - 1} more are in no block")
+
+
+def _move_buffers(network: nn.Module, device: torch.device) -> None:
+    """Buffers are small, and always on the device."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,158 @@
+"""Laws of placing: what the manifest asks for, on the device at hand, for every network that declares its blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from services.common.manifest import ModelEntry, Part
+from services.decoder.models.autoencoder_kl import AutoencoderKL, AutoencoderKLParams, LatentScale
+from services.denoiser.models.sd_unet import SDUNet
+from services.denoiser.models.sd_unet_params import SDUNetParams
+from services.encoder.models.sd15 import SD15Encoder
+from services.modeling.float8 import FLOAT8
+from services.modeling.placement import Placement, place, placement_of
+from services.modeling.residency import RESIDENT, Residency
+from services.modeling.weight_streaming import OffloadedWeights, WeightBlock
+from services.modeling.weight_transfer import SynchronousTransfer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("part", "residency"),
+    [
+        (Part(), RESIDENT),
+        (Part(offload="none"), RESIDENT),
+        (Part(offload="cpu_offload"), Residency(leaves_when_idle=True)),
+        (Part(offload="sequential_cpu_offload"), Residency(budget_bytes=0, leaves_when_idle=True)),
+        (Part(memory_budget=12 * GIB), Residency(budget_bytes=12 * GIB)),
+        (Part(memory_budget=0), Residency(budget_bytes=0)),
+        (
+            Part(offload="cpu_offload", memory_budget=GIB),
+            Residency(budget_bytes=GIB, leaves_when_idle=True),
+        ),
+    ],
+)
+def test_the_modes_are_points_of_one_scale(part: Part, residency: Residency) -> None:
+    assert placement_of(part, GPU).residency == residency
+
+
+def test_on_a_cpu_nothing_is_offloaded_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert placement_of(Part(offload="cpu_offload"), CPU).residency == RESIDENT
+    assert "on a CPU there is nothing to offload" in caplog.text
+
+
+def test_what_does_not_stay_as_it_is_loaded_is_loaded_into_host_memory() -> None:
+    assert placement_of(Part(), GPU).loading_device == GPU
+    for part in (Part(memory_budget=GIB), Part(offload="cpu_offload"), Part(dtype="float8_e4m3fn")):
+        assert placement_of(part, GPU).loading_device == CPU
+
+
+def test_float8_computes_in_bfloat16() -> None:
+    placement = placement_of(Part(dtype="float8_e4m3fn"), GPU)
+    assert (placement.float8, placement.dtype) == (True, torch.bfloat16)
+
+
+def test_a_weight_that_is_in_no_block_is_named() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"Sequential: 1\.weight and 1 more are in no block"):
+        place(network, Placement(device=CPU, dtype=torch.float32), [WeightBlock("first", (network[0],))])
+
+
+def test_resident_weights_are_counted() -> None:
+    network = nn.Linear(4, 4)
+    placed = place(network, Placement(device=CPU, dtype=torch.float32), [WeightBlock("all", (network,))])
+    assert placed.weights.account.resident_bytes == placed.weights.account.peak_bytes == 80
+
+
+def test_exempt_modules_keep_the_dtype() -> None:
+    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+    placement = Placement(device=CPU, dtype=torch.bfloat16, float8=True)
+    place(network, placement, [WeightBlock("all", (network,))], full_precision=[network[0]])
+    assert [parameter.dtype for parameter in network[0].parameters()] == [torch.bfloat16] * 2
+    assert FLOAT8 in {parameter.dtype for parameter in network[1].parameters()}
+
+
+def tiny_unet() -> SDUNet:
+    torch.manual_seed(0)
+    params = SDUNetParams(
+        in_channels=4,
+        out_channels=4,
+        widths=(32, 64),
+        blocks_per_level=1,
+        layers=(1, 0),
+        middle_layers=1,
+        heads=(2, 2),
+        cross_attention_dim=24,
+        norm_groups=8,
+    )
+    return SDUNet(params).requires_grad_(False)
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    params = AutoencoderKLParams(
+        block_channels=(16, 32),
+        resnets_per_level=1,
+        latent_channels=4,
+        norm_groups=4,
+        quant_conv=True,
+        latent_scale=LatentScale(factor=0.18215),
+    )
+    return AutoencoderKL(params).requires_grad_(False)
+
+
+def offload(network: SDUNet | AutoencoderKL | nn.Module, blocks: list[WeightBlock], budget: int) -> OffloadedWeights:
+    residency = Residency(budget_bytes=budget, leaves_when_idle=True)
+    return OffloadedWeights(blocks, residency, SynchronousTransfer(CPU))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_unet_predicts_the_same_whatever_streams(share: float) -> None:
+    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([981.0, 3.5])
+    context = torch.randn(2, 7, 24)
+    unet, expected = tiny_unet(), tiny_unet()
+    budget = int(share * sum(parameter.nbytes for parameter in unet.parameters()))
+    weights = offload(unet, unet.weight_blocks(), budget)
+    with torch.inference_mode():
+        for _ in range(2):
+            predicted = unet(latents, timesteps, unet.project_context(context))
+            assert torch.equal(predicted, expected(latents, timesteps, expected.project_context(context)))
+            weights.leave()
+    assert weights.account.peak_bytes == weights.plan.peak_bytes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_vae_decodes_and_encodes_the_same_whatever_streams(share: float) -> None:
+    vae, expected = tiny_vae(), tiny_vae()
+    budget = int(share * sum(parameter.nbytes for parameter in vae.parameters()))
+    offload(vae, vae.weight_blocks(), budget)
+    latents = torch.randn(1, 4, 8, 8)
+    for _ in range(2):
+        assert torch.equal(vae.decode(latents), expected.decode(latents))
+        assert torch.equal(vae.encode(vae.decode(latents)), expected.encode(expected.decode(latents)))
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_the_text_encoder_encodes_the_same_whatever_streams(tiny_sd15: Path, clip_skip: int) -> None:
+    encoder, expected = (SD15Encoder.load(ModelEntry(name="tiny", path=str(tiny_sd15)), CPU) for _ in range(2))
+    clip = encoder._clip
+    offload(clip, clip.weight_blocks(), 0)
+    prompts = [encoder.tokenize("a cat"), encoder.tokenize("")]
+    for _ in range(2):
+        encoded = zip(encoder.encode(prompts, clip_skip), expected.encode(prompts, clip_skip), strict=True)
+        assert all(torch.equal(one["prompt_embeds"], other["prompt_embeds"]) for one, other in encoded)
+
+
+def test_the_modulation_and_the_ends_of_the_unet_are_exempt() -> None:
+    unet = tiny_unet()
+    placement = Placement(device=CPU, dtype=torch.float32, float8=True)
+    place(unet, placement, unet.weight_blocks(), unet.full_precision())
+    stored = {name for name, parameter in unet.named_parameters() if parameter.dtype == FLOAT8}
+    assert stored
+    assert not {name for name in stored if {"time", "conv_in", "conv_out"} & set(name.split("."))}
