@@ -10,6 +10,7 @@ Run by its path, not by `-m`: that would put the user's folder on the import pat
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -25,6 +26,21 @@ def _end_with_stdin(folder: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # ends a stack that still starts; one that serves stops in good order
 
 
+class _NoteHandler(logging.Handler):
+    """Hands messages to the parent, a line of standard output each, while it waits for the stack to be ready."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stdout.write(f"note {record.getMessage()}\n")
+        sys.stdout.flush()
+
+
+def _tell_of_downloads() -> None:
+    """They may take long, and the stack's log is a file that nobody looks at."""
+    log = logging.getLogger("safelight.hub")
+    log.setLevel(logging.INFO)
+    log.addHandler(_NoteHandler())
+
+
 def main() -> None:
     """Exits as services.stack does."""
     own_folder = str(Path(__file__).resolve().parent)
@@ -34,6 +50,7 @@ def main() -> None:
         from services.stack import main as run_stack  # imports torch, which takes seconds
     except ModuleNotFoundError as error:
         sys.exit(f"safelight: package {error.name!r} is missing: pip install 'safelight[local]'")
+    _tell_of_downloads()
     run_stack()
 
 

@@ -32,7 +32,9 @@ def hub(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 MODEL = {"name": "tiny", "source": {"model": "acme/tiny"}}
 
 
-def test_the_stack_fetches_each_file_once_and_draws_also_without_the_hub(hub: ModelScopeHub) -> None:
+def test_the_stack_fetches_each_file_once_and_draws_also_without_the_hub(
+    hub: ModelScopeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     for settings in ({}, {"fetch": False}):
         with EmbeddedStack([MODEL], device="cpu", **settings) as stack, Client(stack.endpoint) as client:
             assert client.generate("a cat", width=64, height=64, steps=1).images
@@ -40,6 +42,7 @@ def test_the_stack_fetches_each_file_once_and_draws_also_without_the_hub(hub: Mo
     assert len(paths) == len(set(paths))
     assert "unet/diffusion_pytorch_model.safetensors" in paths
     assert "safety_checker/model.safetensors" not in paths
+    assert "safelight: fetching vae/config.json of acme/tiny at modelscope, 0.00 GB" in capsys.readouterr().err
 
 
 def test_a_stack_whose_model_can_not_be_fetched_says_why(hub: ModelScopeHub) -> None:

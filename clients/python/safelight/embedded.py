@@ -132,8 +132,11 @@ class EmbeddedStack:
 
     def _wait_until_ready(self) -> None:
         assert self._process.stdout is not None
-        if any(line.startswith(b"ready ") for line in self._process.stdout):
-            return
+        for line in self._process.stdout:
+            kind, _, text = line.decode(errors="replace").rstrip().partition(" ")
+            if kind == "ready":
+                return
+            sys.stderr.write(f"safelight: {text}\n")  # what it fetches from hubs, which may take long
         error_class = _ERRORS.get(self._process.wait(), StageUnavailableError)
         raise error_class(f"the embedded stack did not start: {self._last_words()}")
 

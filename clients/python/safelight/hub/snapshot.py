@@ -33,6 +33,7 @@ from safelight.hub.selection import is_folder, select
 _log = logging.getLogger("safelight.hub")
 
 _PRIVATE = ".safelight"
+_TELL_SECONDS = 10.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAKE_ROOM = "make room there, or name another folder in SAFELIGHT_CACHE"
 
@@ -147,7 +148,8 @@ class Snapshot:
                 return
             _log.info("fetching %s of %s, %.2f GB", file.path, self.repository, file.size / 1e9)
             self._incoming.mkdir(parents=True, exist_ok=True)
-            arrived = self.hub.download(self.repository, file, self._incoming)
+            with self._progress(file):
+                arrived = self.hub.download(self.repository, file, self._incoming)
             target = self.folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             arrived.replace(target)
@@ -165,6 +167,24 @@ class Snapshot:
                 _log.info("another process fetches %s of %s: waiting for it", file.path, self.repository)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    @contextmanager
+    def _progress(self, file: HubFile) -> Iterator[None]:
+        """Tells the log now and then how much has arrived: a library's bar is for who looks at a terminal."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(_TELL_SECONDS):
+                arrived = min(file.size, _total_bytes(self._parts(file)))
+                _log.info("fetching %s: %.2f of %.2f GB", file.path, arrived / 1e9, file.size / 1e9)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
 
     def _unwritten(self, file: HubFile, error: OSError) -> DownloadError:
         """The error for a disk that does not take a file; gives back what a part of it holds of a full one."""
@@ -215,7 +235,11 @@ def _refuse_strange_paths(repository: Repository, files: Sequence[HubFile]) -> N
 
 
 def _total_bytes(paths: Sequence[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):  # a part may be renamed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,22 @@ def test_a_killed_download_leaves_no_file_that_looks_whole_and_is_gone_on_with(
     assert out.strip() == str(whole(cache, source))
     assert whole(cache, source).read_bytes() == WEIGHTS
     assert [asked.start > 0 for asked in hub.asked] == [False, True]
+
+
+def test_a_long_download_tells_the_log_how_far_it_is(
+    hub: ModelHub, source: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("safelight.hub.snapshot._TELL_SECONDS", 0.01)
+    caplog.set_level("INFO", logger="safelight.hub")
+    hub.faults.hold_at = HOLD_AT
+
+    def go_on_when_told() -> None:
+        wait_for(lambda: "0.02 of 0.03 GB" in caplog.text)
+        hub.faults.go_on.set()
+
+    Thread(target=go_on_when_told).start()
+    fetch_model(MODEL, path="b.safetensors", source=source)
+    assert "fetching b.safetensors: 0.02 of 0.03 GB" in caplog.text
 
 
 def test_two_processes_at_once_download_once(hub: ModelHub, source: str, cache: Path) -> None:
