@@ -20,7 +20,7 @@ from gateway.estimate import Estimate, RequestWork, estimate
 from gateway.plan import GenerationPlan
 from gateway.retry_times import RetryTimes
 from gateway.settings import GatewaySettings
-from gateway.work import Work, steps_work
+from gateway.work import Work, encode_image_work, steps_work
 from safelight.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
@@ -29,6 +29,7 @@ from safelight.errors import (
 )
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, GenerationParameters, SamplingOptions
 from services.common.metrics import Metrics
+from services.common.strength import steps_run
 
 # gRPC ends a call at its deadline by a clock of its own.
 _TICK_SECONDS = 0.05
@@ -182,14 +183,15 @@ class Admission:
 
 
 def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
-    """What a plan asks of the stages when it is run with so many steps."""
+    """What a plan asks of the stages when its schedule has so many steps."""
     model, shape = plan.model.name, plan.latent_shape
     exact = plan.determinism == DETERMINISM_CLASS_EXACT
     return RequestWork(
         encode=Work(model, rows=2),  # the prompt and the negative prompt
-        denoise=steps_work(model, shape, steps, plan.images[0].guidance.scale, exact),
+        denoise=steps_work(model, shape, steps_run(steps, plan.strength), plan.images[0].guidance.scale, exact),
         decode=Work(model, shape),
         images=len(plan.images),
+        encode_image=encode_image_work(model, shape) if plan.inputs.image else None,
     )
 
 

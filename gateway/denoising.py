@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from gateway.checkpoints import Checkpoints, is_refused
+from gateway.image_encoding import EncodedImage
 from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
 from gateway.prompt_encoding import Encoded
@@ -50,25 +51,25 @@ class Denoising:
     settings: GatewaySettings
     metrics: Metrics
 
-    async def run(self, encoded: Encoded) -> DenoiseResult:
+    async def run(self, encoded: Encoded, image: EncodedImage) -> DenoiseResult:
         """The latent of the picture.
 
         Raises:
-            InputsLostError: the conditioning is gone.
+            InputsLostError: the conditioning, or the encoded input picture, is gone.
             SafelightError: a denoiser refused the request, or none could do it.
         """
         attempts = Attempts(_STAGE, self.settings.max_attempts, self.metrics)
         while True:
             start = await self.checkpoints.newest()
             try:
-                return await self._follow(self._request(encoded, start), attempts)
+                return await self._follow(self._request(encoded, image, start), attempts)
             except StageCallError as failure:
                 if start is not None and is_refused(start, failure.error):
                     self.checkpoints.drop()
                 else:
                     await self._recover(failure, attempts)
 
-    def _request(self, encoded: Encoded, start: Checkpoint | None) -> DenoiseRequest:
+    def _request(self, encoded: Encoded, image: EncodedImage, start: Checkpoint | None) -> DenoiseRequest:
         parameters = self.plan.images[self.index]
         return DenoiseRequest(
             context=self.plan.context,
@@ -79,6 +80,9 @@ class Denoising:
             sampling=parameters.sampling,
             guidance=parameters.guidance,
             seed=parameters.seed,
+            initial_latents=image.latents,
+            strength=parameters.strength if image.latents else None,
+            mask=image.mask,
             determinism=self.plan.determinism,
             preview=self.plan.preview,
             checkpoints=CheckpointOptions(every_steps=self.settings.checkpoint_steps),

@@ -151,12 +151,14 @@ class RequestWork:
         denoise: one of its latents.
         decode: one of its latents.
         images: how many latents there are.
+        encode_image: its input picture; None: it has none.
     """
 
     encode: Work
     denoise: Work
     decode: Work
     images: int
+    encode_image: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,25 @@ def estimate(work: RequestWork, encoder: StageLoad, denoiser: StageLoad, decoder
     denoise = stage_time(denoiser, work.denoise, work.images, shared=True)
     if denoise is None:
         return None
-    times = {
-        "encoder": stage_time(encoder, work.encode, 1, shared=False),
-        "denoiser": denoise,
-        "decoder": stage_time(decoder, work.decode, work.images, shared=False),
-    }
-    known = {stage: time for stage, time in times.items() if time is not None}
+    encode = stage_time(encoder, work.encode, 1, shared=False)
+    image = stage_time(decoder, work.encode_image, 1, shared=False) if work.encode_image else None
+    decode = stage_time(decoder, work.decode, work.images, shared=False)
     done = 0.0
-    for time in known.values():
+    for time in filter(None, (encode, image, denoise, decode)):
         done = max(done + time.alone, time.done)  # it begins when it has come and those ahead of it have gone
+    times = {"encoder": encode, "denoiser": denoise, "decoder": _decoder_time(image, decode, work.images)}
+    known = {stage: time for stage, time in times.items() if time is not None}
     return Estimate(done, sum(time.alone for time in known.values()), known)
+
+
+def _decoder_time(image: StageTime | None, decode: StageTime | None, images: int) -> StageTime | None:
+    """What encoding the input picture and decoding so many latents take in the decoder; a piece takes their mean."""
+    if image is None or decode is None:
+        return image or decode
+    return StageTime(
+        ahead=decode.ahead,
+        each=(image.each + decode.each * images) / (1 + images),
+        busy=image.busy + decode.busy,
+        alone=image.alone + decode.alone,
+        done=decode.done,
+    )

@@ -12,13 +12,16 @@ from gateway.admitted import Admitted
 from gateway.catalog import Stages
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
+from gateway.image_encoding import EncodedImage, ImageEncoding
+from gateway.inputs import with_size_of_picture
 from gateway.leases import Leases
 from gateway.ledger import Ledger
 from gateway.picture import Picture
 from gateway.plan import GenerationPlan, make_plan
-from gateway.prompt_encoding import PromptEncoding
+from gateway.prompt_encoding import Encoded, PromptEncoding
 from gateway.report import Emit, Report
 from gateway.settings import GatewaySettings
+from gateway.shared import Shared
 from gateway.stage_calls import StageCalls
 from gateway.validation import check_generate
 from safelight.errors import DeadlineExceededError, FingerprintMismatchError
@@ -75,6 +78,8 @@ class Generation:
         request_id.set(request.context.request_id)
         model = self.stages.find(request.model)
         check_generate(request, model)
+        if request.inputs:
+            request = await asyncio.to_thread(with_size_of_picture, request, model)
         asked = make_plan(request, model)
         seconds = _remaining_seconds(asked.context, remaining_seconds)
         with self.admission.admit(asked, seconds) as admitted:
@@ -105,9 +110,11 @@ class Generation:
         self, plan: GenerationPlan, calls: StageCalls, reports: Sequence[Report], ledgers: Sequence[Ledger]
     ) -> Sequence[ImageReceipt]:
         """All pictures at once; the first that fails ends the others."""
-        encoding = PromptEncoding(plan, calls, self.metrics, self.settings.max_attempts)
+        prompts = PromptEncoding(plan, calls, self.metrics, self.settings.max_attempts)
+        image = ImageEncoding(plan, calls, self.metrics, self.settings.max_attempts)
+        encoded = Shared(prompts.encode), Shared(image.encode)
         tasks = [
-            asyncio.create_task(self._make_one(plan, encoding, calls, report, ledger))
+            asyncio.create_task(self._make_one(plan, *encoded, calls, report, ledger))
             for report, ledger in zip(reports, ledgers, strict=True)
         ]
         try:
@@ -116,17 +123,24 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.leases.release(encoding.refs)
+            self.leases.release(prompts.refs + image.refs)
 
     async def _make_one(
-        self, plan: GenerationPlan, encoding: PromptEncoding, calls: StageCalls, report: Report, ledger: Ledger
+        self,
+        plan: GenerationPlan,
+        prompts: Shared[Encoded],
+        image: Shared[EncodedImage],
+        calls: StageCalls,
+        report: Report,
+        ledger: Ledger,
     ) -> ImageReceipt:
         """One picture; whatever way it ends, nothing of it is left at a stage or here."""
         checkpoints = Checkpoints(self.reader, self.store, self.leases, self.metrics)
         picture = Picture(
             plan,
             report.index,
-            encoding,
+            prompts,
+            image,
             calls,
             self.credits,
             checkpoints,

@@ -26,7 +26,7 @@ class Ledger:
     steps_run: int = 0
     steps_reached: int = 0
     steps_recomputed: int = 0
-    _encoded: Sequence[StageTiming] = ()
+    _encoded: list[Sequence[StageTiming]] = field(default_factory=list)
 
     def note_step(self, step: int) -> bool:
         """Count a step that was computed; returns whether it is the furthest so far."""
@@ -39,7 +39,7 @@ class Ledger:
         return False
 
     def note_encoded(self, timings: Sequence[StageTiming]) -> None:
-        """Take what the encoders spent, unless these very runs are in the account already."""
-        if timings is not self._encoded:
-            self._encoded = timings
+        """Take what was spent on the request's inputs, unless these very runs are in the account already."""
+        if not any(timings is noted for noted in self._encoded):
+            self._encoded.append(timings)
             self.timings.extend(timings)

@@ -13,19 +13,21 @@ from dataclasses import dataclass, field
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
 from gateway.denoising import Denoising
+from gateway.image_encoding import EncodedImage
 from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
-from gateway.prompt_encoding import Encoded, PromptEncoding
+from gateway.prompt_encoding import Encoded
 from gateway.report import Report
 from gateway.retry import Attempts, InputsLostError
 from gateway.settings import GatewaySettings
-from gateway.stage_calls import StageCallError, StageCalls
+from gateway.shared import Shared
+from gateway.stage_calls import StageCalls
 from safelight.errors import InternalError
 from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult
 from safelight.v1.denoiser_service_pb2 import DenoiseResult
 from safelight.v1.generation_service_pb2 import ImageReceipt
 from safelight.v1.tensor_pb2 import TensorRef
-from safelight.v1.work_pb2 import GenerationParameters, StageTiming
+from safelight.v1.work_pb2 import GenerationParameters
 from services.common.metrics import Metrics
 
 
@@ -36,7 +38,8 @@ class Picture:
     Args:
         plan: the request.
         index: which picture.
-        encoding: the request's prompts, encoded.
+        prompts: the request's prompts, encoded.
+        image: the picture that the request starts from, encoded.
         calls: the stages.
         credits: one is held while the picture is in the stages.
         checkpoints: the picture's own.
@@ -49,7 +52,8 @@ class Picture:
 
     plan: GenerationPlan
     index: int
-    encoding: PromptEncoding
+    prompts: Shared[Encoded]
+    image: Shared[EncodedImage]
     calls: StageCalls
     credits: Credits
     checkpoints: Checkpoints
@@ -83,20 +87,22 @@ class Picture:
 
     async def _run_stages(self) -> ImageReceipt:
         self.report.progress("encoder", 0, 1)
-        encoded = await self.encoding.get()
-        self.ledger.note_encoded(encoded.timings)
+        image, encoded = await self.image.get(), await self.prompts.get()
+        for timings in (image.timings, encoded.timings):
+            self.ledger.note_encoded(timings)
         self.report.progress("encoder", 1, 1)
         try:
-            denoised = await self._denoise(encoded)
+            denoised = await self._denoise(encoded, image)
         except InputsLostError:
-            self.encoding.drop(encoded)
+            self.prompts.drop(encoded)
+            self.image.drop(image)
             raise
         self.report.progress("decoder", 0, 1)
         decoded = await self._decode(denoised)
         self.report.progress("decoder", 1, 1)
         return self._receipt(encoded, denoised, decoded)
 
-    async def _denoise(self, encoded: Encoded) -> DenoiseResult:
+    async def _denoise(self, encoded: Encoded, image: EncodedImage) -> DenoiseResult:
         denoising = Denoising(
             self.plan,
             self.index,
@@ -107,26 +113,24 @@ class Picture:
             self.settings,
             self.metrics,
         )
-        denoised = await denoising.run(encoded)
+        denoised = await denoising.run(encoded, image)
         self.refs.append(denoised.latents)
         return denoised
 
     async def _decode(self, denoised: DenoiseResult) -> DecodeResult:
+        inputs = self.plan.inputs
         request = DecodeRequest(
             context=self.plan.context,
             model=self.parameters.model,
             latents=denoised.latents,
             output=self.plan.output,
             parameters=self.parameters,
+            original_image=inputs.image if inputs.mask else b"",
+            mask=inputs.mask,
         )
         attempts = Attempts("decoder", self.settings.max_attempts, self.metrics)
-        while True:
-            try:
-                return await self._relay(request, attempts)
-            except StageCallError as failure:
-                if failure.loss is not None:
-                    self.ledger.timings.append(StageTiming(stage="decoder", replica=failure.replica.address))
-                await attempts.recover(failure, self.settings.replica_wait_seconds)
+        patience = self.settings.replica_wait_seconds
+        return await attempts.repeat(lambda: self._relay(request, attempts), self.ledger.timings, patience)
 
     async def _relay(self, request: DecodeRequest, attempts: Attempts) -> DecodeResult:
         """Send the file's chunks on as they come; returns the decoder's result."""

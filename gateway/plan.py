@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gateway.inputs import InputFiles, input_digests, input_files, strength_of
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import (
@@ -33,6 +34,7 @@ class GenerationPlan:
         output: how the files are written.
         determinism: how equal repeated runs must be.
         preview: when to send previews.
+        inputs: the files that every picture starts from.
         steps_saved: steps that were asked for and are left out of every picture.
     """
 
@@ -43,12 +45,18 @@ class GenerationPlan:
     output: OutputOptions
     determinism: DeterminismClass.ValueType
     preview: PreviewOptions
+    inputs: InputFiles
     steps_saved: int = 0
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """Of the weights of each stage."""
         return self.context.fingerprints
+
+    @property
+    def strength(self) -> float:
+        """How much of its input picture every picture replaces; 1 without one."""
+        return self.images[0].strength if self.inputs.image else 1.0
 
     def with_model(self, model: ModelDescription) -> GenerationPlan:
         """The plan for another revision of its model: other weights, all else as it was told to the client."""
@@ -60,7 +68,7 @@ class GenerationPlan:
 
 
 def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
-    """The plan of a request that `check_generate` has passed."""
+    """The plan of a request that `check_generate` has passed, its size filled in by `with_size_of_picture`."""
     width, height = _size(request, model)
     factor = model.decoder.scale_factor
     return GenerationPlan(
@@ -71,6 +79,7 @@ def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPl
         output=request.output,
         determinism=request.determinism,
         preview=request.preview,
+        inputs=input_files(request),
     )
 
 
@@ -131,6 +140,8 @@ def _parameters(
         size_conditioning=(
             _told_sizes(request.size_conditioning, width, height) if model.denoiser.size_conditioning else None
         ),
+        inputs=input_digests(request.inputs),
+        strength=strength_of(request),
     )
 
 

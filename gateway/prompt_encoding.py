@@ -1,14 +1,13 @@
-"""The encoded prompts of a request: made once, shared by all its pictures, made again when they are lost."""
+"""The encoded prompts of a request."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.plan import GenerationPlan
 from gateway.retry import Attempts
-from gateway.stage_calls import StageCallError, StageCalls
+from gateway.stage_calls import StageCalls
 from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
 from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import StageTiming
@@ -46,38 +45,17 @@ class PromptEncoding:
     metrics: Metrics
     max_attempts: int
     refs: list[TensorRef] = field(default_factory=list)
-    _encoded: Encoded | None = None
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def get(self) -> Encoded:
+    async def encode(self) -> Encoded:
         """The prompts' conditioning.
 
         Raises:
             SafelightError: the encoder refused the prompts, or no replica could encode them.
         """
-        async with self._lock:
-            if self._encoded is None:
-                self._encoded = await self._encode()
-            return self._encoded
-
-    def drop(self, lost: Encoded) -> None:
-        """Forget a response whose tensors are gone, unless another picture has replaced it already."""
-        if self._encoded is lost:
-            self._encoded = None
-
-    async def _encode(self) -> Encoded:
-        request = self._request()
+        request, lost = self._request(), list[StageTiming]()
         attempts = Attempts("encoder", self.max_attempts, self.metrics)
-        lost: list[StageTiming] = []
-        while True:
-            try:
-                response = await self.calls.encode(request, attempts.failed)
-            except StageCallError as failure:
-                if failure.loss is not None:
-                    lost.append(StageTiming(stage="encoder", replica=failure.replica.address))
-                await attempts.recover(failure)
-            else:
-                return self._noted(response, lost)
+        response = await attempts.repeat(lambda: self.calls.encode(request, attempts.failed), lost)
+        return self._noted(response, lost)
 
     def _request(self) -> EncodeRequest:
         parameters = self.plan.images[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gateway.replicas import Replica
 from gateway.stage_calls import StageCallError
@@ -16,8 +18,10 @@ from safelight.errors import (
     StageUnavailableError,
     TensorCorruptError,
 )
+from safelight.v1.work_pb2 import StageTiming
 from services.common.metrics import Metrics
 
+Answer = TypeVar("Answer")
 _REPEATABLE = (OverloadedError, StageUnavailableError, FingerprintMismatchError)
 _LONGEST_PAUSE_SECONDS = 1.0
 
@@ -50,6 +54,27 @@ class Attempts:
     failed: set[Replica] = field(default_factory=set)
     _used: int = 0
     _full_since: float | None = None
+
+    async def repeat(
+        self, call: Callable[[], Awaitable[Answer]], lost: list[StageTiming], patience_seconds: float = 0.0
+    ) -> Answer:
+        """What a call answers, made until it does.
+
+        Args:
+            call: makes it once, and avoids the replicas that have failed.
+            lost: takes the replicas that were lost on the way.
+            patience_seconds: see `recover`.
+
+        Raises:
+            InputsLostError, SafelightError: see `recover`.
+        """
+        while True:
+            try:
+                return await call()
+            except StageCallError as failure:
+                if failure.loss is not None:
+                    lost.append(StageTiming(stage=self.stage, replica=failure.replica.address))
+                await self.recover(failure, patience_seconds)
 
     async def recover(self, failure: StageCallError, patience_seconds: float = 0.0) -> None:
         """Returns when the stage is to be tried again.

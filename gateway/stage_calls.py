@@ -30,7 +30,12 @@ from safelight.errors import (
     UnknownModelError,
     from_rpc_error,
 )
-from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse
+from safelight.v1.decoder_service_pb2 import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeImageRequest,
+    EncodeImageResponse,
+)
 from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
 from safelight.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
@@ -83,6 +88,16 @@ class StageCalls:
         async with self._call(self.stages.encoder, request.context, encode_work(request), avoid) as replica:
             answer = EncoderServiceStub(replica.channel).Encode(request, timeout=self.remaining_seconds())
             response = await answer_within(answer, self.settings.encode_seconds, lambda: replica.silent)
+            response.timing.replica = replica.address
+            return response
+
+    async def encode_image(
+        self, request: EncodeImageRequest, work: Work, avoid: Collection[Replica]
+    ) -> EncodeImageResponse:
+        """The latent of a request's input picture."""
+        async with self._call(self.stages.decoder, request.context, work, avoid) as replica:
+            answer = DecoderServiceStub(replica.channel).EncodeImage(request, timeout=self.remaining_seconds())
+            response = await answer_within(answer, self.settings.decode_seconds, lambda: replica.silent)
             response.timing.replica = replica.address
             return response
 

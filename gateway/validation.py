@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from gateway.inputs import MIN_PIXELS, input_violations, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
@@ -19,9 +20,8 @@ from services.common.validation import (
 )
 
 MAX_IMAGES = 64
-MIN_PIXELS = 64
 MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters", "inputs", "strength", "num_frames", "fps")
+_UNSERVED = ("adapters", "num_frames", "fps")
 
 
 def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
@@ -32,7 +32,7 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         InvalidRequestError: fields are out of range; every one is named.
         FingerprintMismatchError: it asks for other weights than those that are served.
     """
-    refuse_unserved(request, _UNSERVED, model.name)
+    refuse_unserved(request, _UNSERVED if model.denoiser.inputs else (*_UNSERVED, "inputs"), model.name)
     if request.preview.every_steps and not model.denoiser.previews:
         raise UnsupportedError(
             f"preview: model {model.name!r} has no map from latents to colours; leave it out", field="preview"
@@ -49,6 +49,7 @@ def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[F
     yield from _prompt_violations(request, model)
     yield from _size_violations(request, model)
     yield from check_size_conditioning(request.size_conditioning)
+    yield from input_violations(request, model)
     yield from _sampling_violations(request, model)
     yield from _seed_violations(request)
     yield from _output_violations(request, model)
@@ -68,14 +69,14 @@ def _prompt_violations(request: GenerateRequest, model: ModelDescription) -> Ite
 
 
 def _size_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
-    factor = model.decoder.scale_factor * max(model.denoiser.latent_multiple, 1)
+    factor = size_multiple(model)
     for field, pixels in (("width", request.width), ("height", request.height)):
         if pixels and (pixels < MIN_PIXELS or pixels % factor):
             nearest = max(MIN_PIXELS, round(pixels / factor) * factor)
             yield FieldViolation(
                 field, f"is {pixels}; must be a multiple of {factor}, at least {MIN_PIXELS}: try {nearest}"
             )
-    area, limit = request.width * request.height, model.denoiser.max_latent_area * model.decoder.scale_factor**2
+    area, limit = request.width * request.height, largest_area(model)
     if area > limit:
         yield FieldViolation("width", f"{request.width}x{request.height} has more than the {limit} pixels allowed")
 

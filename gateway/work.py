@@ -9,6 +9,7 @@ from safelight.v1.decoder_service_pb2 import DecodeRequest
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT
+from services.common.strength import steps_run
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Work:
 
     Args:
         model: name of the model.
-        latent_shape: extents of the latent without its batch axis; empty at the encoder.
+        latent_shape: extents of the latent without its batch axis, of its plane alone where a picture is encoded; empty
+            at the encoder.
         rows: rows that it takes of a batch.
         passes: forward passes, one after the other: the denoiser's steps; 1 elsewhere.
     """
@@ -38,10 +40,16 @@ def encode_work(request: EncodeRequest) -> Work:
     return Work(request.model, rows=len(request.prompts))
 
 
+def encode_image_work(model: str, latent_shape: tuple[int, ...]) -> Work:
+    """A picture to encode to a latent [C, H, W]; decoders measure it by the plane, apart from latents to decode."""
+    return Work(model, latent_shape[1:])
+
+
 def denoise_work(request: DenoiseRequest) -> Work:
     """The steps that are left."""
     exact = request.determinism == DETERMINISM_CLASS_EXACT
-    steps = request.sampling.steps - request.resume_from.step
+    strength = request.strength if request.HasField("strength") else 1.0
+    steps = steps_run(request.sampling.steps, strength) - request.resume_from.step
     return steps_work(request.model, tuple(request.latent_shape), steps, request.guidance.scale, exact)
 
 

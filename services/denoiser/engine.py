@@ -13,7 +13,7 @@ from services.denoiser.guidance import classifier_free_guidance
 from services.denoiser.job import BatchKey, DenoiseJob
 from services.denoiser.registry import Denoiser
 from services.denoiser.sampling.noise import NoiseSource
-from services.denoiser.sampling.noise_process import NoiseProcess
+from services.denoiser.sampling.noise_process import NoiseProcess, noised
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.sampler import advance, initial_state
 from services.denoiser.sampling.state import SamplerState, state_on
@@ -47,10 +47,13 @@ class DenoiserEngine:
         return self.models[model].prepare(conditioning)
 
     @torch.inference_mode()
-    def start(self, model: str, plan: SamplingPlan, noise: NoiseSource) -> SamplerState:
-        """The state before the first step: pure noise at the plan's first sigma."""
-        process, first = self.models[model].sampling.noise, noise.draw(0).to(self.models[model].device)
-        return initial_state(process.pure_noise(first, plan.sigmas[0]))
+    def start(self, model: str, plan: SamplingPlan, noise: NoiseSource, picture: Tensor | None = None) -> SamplerState:
+        """The state before the first step: a picture's latent, or nothing, noised to the plan's first sigma."""
+        process, device = self.models[model].sampling.noise, self.models[model].device
+        first, sigma = noise.draw(0).to(device), plan.sigmas[0]
+        if picture is None:
+            return initial_state(process.pure_noise(first, sigma))
+        return initial_state(noised(process, picture.to(device), first, sigma))
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
@@ -84,6 +87,7 @@ class DenoiserEngine:
         job.state = state_on(job.state, device)
         job.positive = model.move(job.positive, device)
         job.negative = None if job.negative is None else model.move(job.negative, device)
+        job.inpainting = job.inpainting and job.inpainting.to(device)
         return True
 
     def _predict(
@@ -114,6 +118,8 @@ def _forward(model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
 
 def _advance(process: NoiseProcess, job: DenoiseJob, prediction: Tensor) -> None:
     denoised = process.denoised(job.state.latents, prediction, _sigma(job))
+    if job.inpainting is not None:
+        denoised = job.inpainting.blend(denoised)
     job.state = advance(job.plan, job.state, denoised, job.noise)
     job.denoised = denoised if job.preview_due(job.state.step_index) else None
 

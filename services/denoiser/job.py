@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safelight.v1.tensor_pb2 import TensorRef
 from services.denoiser.checkpoints import CheckpointPace
+from services.denoiser.inpainting import Inpainting
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.state import SamplerState
@@ -65,6 +66,7 @@ class DenoiseJob:
         guidance_scale: of classifier-free guidance.
         positive: what the model made of the prompt's conditioning, once for all steps.
         negative: the same for the negative prompt; None without guidance.
+        inpainting: what stays of the picture that it began with; None: nothing.
         deadline: `time.monotonic()` after which the result is worthless; None: never.
         tenant: whose share of the device its steps count against.
         priority: higher goes first among the work of one tenant.
@@ -84,6 +86,7 @@ class DenoiseJob:
     guidance_scale: float
     positive: Any
     negative: Any | None
+    inpainting: Inpainting | None = None
     deadline: float | None = None
     tenant: str = ""
     priority: int = 0
@@ -109,7 +112,7 @@ class DenoiseJob:
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Steps that are run in all."""
         return len(self.plan.timesteps)
 
     @property

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from safelight.errors import InvalidRequestError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
@@ -20,6 +22,8 @@ from services.denoiser.checkpoints import CheckpointCosts, CheckpointPace
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.guidance import guidance_rows
+from services.denoiser.initial_picture import initial_refs, read_initial_latents, read_inpainting
+from services.denoiser.inpainting import Inpainting
 from services.denoiser.job import DenoiseJob
 from services.denoiser.resumption import read_checkpoint
 from services.denoiser.sampling.noise import NoiseSource
@@ -66,6 +70,7 @@ class Preparation:
                 steps=sampling.steps or default_steps,
                 sampler_parameters=sampling.sampler_parameters,
                 schedule_parameters=sampling.schedule_parameters,
+                strength=request.strength if request.HasField("strength") else 1.0,
             )
         except ValueError as error:
             raise InvalidRequestError.of("sampling", str(error)) from error
@@ -83,7 +88,9 @@ class Preparation:
             negative = await self._condition(request, request.negative_conditioning, "negative_conditioning")
             self._check_alike(request.model, positive, negative)
         noise = NoiseSource(request.seed, (1, *request.latent_shape))
-        state = await self._state(request, plan, noise)
+        picture = await read_initial_latents(self.reader, request)
+        inpainting = await read_inpainting(self.reader, request, picture)
+        state = await self._state(request, plan, noise, picture)
         return DenoiseJob(
             model=request.model,
             plan=plan,
@@ -92,6 +99,7 @@ class Preparation:
             guidance_scale=scale,
             positive=positive,
             negative=negative,
+            inpainting=inpainting and await self._on_device(request.model, inpainting),
             deadline=deadline,
             tenant=request.context.tenant,
             priority=request.context.priority,
@@ -101,13 +109,18 @@ class Preparation:
             received_bytes=received_bytes(_tensors(request, guided=negative is not None), self.exchange_id),
         )
 
-    async def _state(self, request: pb.DenoiseRequest, plan: SamplingPlan, noise: NoiseSource) -> SamplerState:
+    async def _state(
+        self, request: pb.DenoiseRequest, plan: SamplingPlan, noise: NoiseSource, picture: Tensor | None
+    ) -> SamplerState:
         """Where the request stands: at its checkpoint, or before its first step."""
         model = request.model
         if not request.HasField("resume_from"):
-            return await self.executor.run(lambda: self.engine.start(model, plan, noise))
+            return await self.executor.run(lambda: self.engine.start(model, plan, noise, picture))
         fingerprint = self.engine.models[model].fingerprint
         return await read_checkpoint(self.reader, request.resume_from, plan, request.latent_shape, fingerprint)
+
+    async def _on_device(self, model: str, inpainting: Inpainting) -> Inpainting:
+        return await self.executor.run(lambda: inpainting.to(self.engine.models[model].device))
 
     def _pace(self, request: pb.DenoiseRequest, state: SamplerState) -> CheckpointPace | None:
         if not request.HasField("checkpoints"):
@@ -157,4 +170,5 @@ def _tensors(request: pb.DenoiseRequest, guided: bool) -> list[TensorRef]:
     """The tensors that a request is prepared from."""
     prompts = [request.conditioning, *([request.negative_conditioning] if guided else [])]
     refs = [named.tensor for prompt in prompts for named in prompt.tensors]
+    refs += initial_refs(request)
     return refs + ([request.resume_from.sampler_state] if request.HasField("resume_from") else [])

@@ -13,6 +13,7 @@ from services.denoiser.checkpoints import CheckpointWriter
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.denoising import Denoising
 from services.denoiser.engine import DenoiserEngine
+from services.denoiser.initial_picture import INPUTS
 from services.denoiser.job import DenoiseJob
 from services.denoiser.load import report_load
 from services.denoiser.loop import DenoiseLoop
@@ -86,4 +87,5 @@ def _describe(name: str, model: Denoiser, settings: DenoiserSettings) -> ModelDe
     description = model.describe(name)
     description.denoiser.max_latent_area = settings.max_latent_area
     description.denoiser.max_steps = settings.max_steps
+    description.denoiser.inputs.extend(INPUTS)
     return description

@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
-from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8
-from services.common.fingerprints import check_conditioning_fingerprints, check_own_fingerprint
+from safelight.v1.tensor_pb2 import DATA_TYPE_FLOAT32, DATA_TYPE_UINT8, TensorRef
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK
+from services.common.fingerprints import (
+    check_conditioning_fingerprints,
+    check_own_fingerprint,
+    check_tensor_fingerprint,
+)
 from services.common.validation import (
     check_deadline,
     check_determinism,
@@ -20,7 +25,7 @@ from services.common.validation import (
 
 _MIN_EXTENT = 1
 _MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters", "initial_latents", "strength", "mask")
+_UNSERVED = ("adapters",)
 
 
 def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> None:
@@ -40,11 +45,15 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
         )
     if not model.size_conditioning:
         refuse_unserved(request, ["size_conditioning"], request.model)
+    for field, role in (("initial_latents", MEDIA_ROLE_IMAGE), ("mask", MEDIA_ROLE_MASK)):
+        if role not in model.inputs:
+            refuse_unserved(request, [field], request.model)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     check_own_fingerprint(request.context, "denoiser", model.fingerprint)
     check_conditioning_fingerprints(request.context, request.conditioning, "conditioning")
     check_conditioning_fingerprints(request.context, request.negative_conditioning, "negative_conditioning")
+    check_tensor_fingerprint(request.context, "decoder", request.initial_latents.header, "initial_latents")
 
 
 def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Iterator[FieldViolation]:
@@ -61,6 +70,7 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
     yield from check_range("checkpoints.every_steps", request.checkpoints.every_steps, 0, model.max_steps)
     yield from check_determinism(request.determinism)
     yield from _shape_violations(list(request.latent_shape), model)
+    yield from _initial_violations(request)
     if not request.conditioning.tensors:
         yield FieldViolation("conditioning", "has no tensors; run the encoder first")
     if request.guidance.scale > 1 and not request.negative_conditioning.tensors:
@@ -80,6 +90,24 @@ def _shape_violations(shape: list[int], model: DenoiserDescription) -> Iterator[
         yield FieldViolation(
             "latent_shape", f"{shape[1]}x{shape[2]} is more than the {model.max_latent_area} elements allowed"
         )
+
+
+def _initial_violations(request: pb.DenoiseRequest) -> Iterator[FieldViolation]:
+    if not request.HasField("initial_latents"):
+        for field in ("strength", "mask"):
+            if request.HasField(field):
+                yield FieldViolation(field, "needs initial_latents; have the decoder encode a picture, or leave it out")
+        return
+    yield from check_range("strength", request.strength, 0, 1)
+    yield from _float_violations("initial_latents", request.initial_latents, [1, *request.latent_shape])
+    if request.HasField("mask"):
+        yield from _float_violations("mask", request.mask, [1, 1, *request.latent_shape[1:]])
+
+
+def _float_violations(field: str, ref: TensorRef, shape: list[int]) -> Iterator[FieldViolation]:
+    header = ref.header
+    if header.dtype != DATA_TYPE_FLOAT32 or list(header.shape) != shape:
+        yield FieldViolation(field, f"is {list(header.shape)} of dtype {header.dtype}; must be {shape} of float32")
 
 
 def _resume_violations(request: pb.DenoiseRequest, steps: int) -> Iterator[FieldViolation]:

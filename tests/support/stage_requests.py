@@ -67,6 +67,19 @@ def resumed(request: DenoiseRequest, checkpoint: Checkpoint) -> DenoiseRequest:
     return changed
 
 
+def from_picture(
+    request: DenoiseRequest, picture: Tensor, strength: float, mask: Tensor | None = None
+) -> DenoiseRequest:
+    """The request, to be begun with a picture's latent [1, C, H, W]; mask: [1, 1, H, W], 1 where to repaint."""
+    changed = DenoiseRequest()
+    changed.CopyFrom(request)
+    changed.initial_latents.CopyFrom(inline(picture))
+    changed.strength = strength
+    if mask is not None:
+        changed.mask.CopyFrom(inline(mask))
+    return changed
+
+
 def decode_request(latents: Tensor) -> DecodeRequest:
     """A latent to decode with the tiny model."""
     return DecodeRequest(model="tiny", latents=inline(latents))

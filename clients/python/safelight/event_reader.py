@@ -12,13 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from safelight.errors import InternalError
-from safelight.messages import FORMATS
+from safelight.messages import FORMATS, INPUT_ROLES
 from safelight.receipt import Receipt, StageSeconds
 from safelight.types import Accepted, Event, GeneratedImage, GenerationResult, Preview, Progress, Queued
 from safelight.v1 import generation_service_pb2 as pb
 from safelight.v1 import work_pb2
 
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
+_ROLE_NAMES = {number: name for name, number in INPUT_ROLES.items()}
 
 
 @dataclass
@@ -126,6 +127,8 @@ class EventReader:
             crop=(sizes.crop_left, sizes.crop_top) if told_sizes else None,
             target_size=(sizes.target_width, sizes.target_height) if told_sizes else None,
             seed=parameters.seed,
+            strength=round(parameters.strength, 6) if parameters.HasField("strength") else None,
+            inputs={_ROLE_NAMES.get(each.role, str(each.role)): each.sha256.hex() for each in parameters.inputs},
             format=_FORMAT_NAMES.get(output.format, "png"),
             quality=output.quality or None,
             metadata=not output.omit_metadata,

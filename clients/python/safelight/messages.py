@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from safelight.errors import InvalidRequestError
+from safelight.input_pictures import picture_file
 from safelight.options import GenerationOptions
 from safelight.types import Model
 from safelight.v1 import generation_service_pb2 as pb
@@ -24,6 +25,10 @@ FORMATS = {
 DETERMINISM = {
     "default": work_pb2.DETERMINISM_CLASS_UNSPECIFIED,
     "exact": work_pb2.DETERMINISM_CLASS_EXACT,
+}
+INPUT_ROLES = {
+    "image": work_pb2.MEDIA_ROLE_IMAGE,
+    "mask": work_pb2.MEDIA_ROLE_MASK,
 }
 
 _LONGEST_TIMEOUT_SECONDS = 366 * 86_400.0
@@ -65,6 +70,8 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         negative_prompt=options.negative_prompt,
         width=_given("width", options.width),
         height=_given("height", options.height),
+        inputs=_inputs(options),
+        strength=options.strength,
         sampling=work_pb2.SamplingOptions(
             sampler=options.sampler or "",
             sampler_parameters=options.sampler_parameters,
@@ -109,6 +116,15 @@ def _size(field: str, size: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height as the wire has them."""
     width, height = (None, None) if size is None else size
     return _given(field, width), _given(field, height)
+
+
+def _inputs(options: GenerationOptions) -> list[work_pb2.MediaInput]:
+    pictures = {"image": options.image, "mask": options.mask}
+    return [
+        work_pb2.MediaInput(role=INPUT_ROLES[field], data=picture_file(field, picture))
+        for field, picture in pictures.items()
+        if picture is not None
+    ]
 
 
 def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:
@@ -167,6 +183,7 @@ def _to_model(description: ModelDescription) -> Model:
         samplers=tuple(denoiser.samplers),
         schedules=tuple(denoiser.schedules),
         max_tokens=encoder.max_tokens,
+        inputs=tuple(name for name, role in INPUT_ROLES.items() if role in denoiser.inputs),
         fingerprints={
             "encoder": encoder.fingerprint,
             "denoiser": denoiser.fingerprint,

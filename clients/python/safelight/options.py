@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from safelight.input_pictures import InputPicture
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
@@ -14,8 +16,12 @@ class GenerationOptions:
         prompt: what the picture shall show.
         negative_prompt: what it shall not show.
         model: name of the model; None if the gateway serves just one.
-        width: pixels; a multiple of the model's scale factor (8).
+        width: pixels; a multiple of the model's scale factor (8). None: the image's, or the model's own.
         height: pixels.
+        image: the picture to start from: a PIL picture, a PNG, JPEG or WebP file's bytes, or its path. It is scaled to
+            width and height; without them it says them, rounded to what the model takes.
+        mask: a picture of any size that says where to repaint the image: white is repainted, black is kept.
+        strength: how much of the image is replaced, 0 to 1. None: 0.8, or 1 with a mask.
         steps: denoising steps.
         min_steps: the fewest steps to accept when the gateway is too busy for `steps`; None: rather a refusal.
         sampler: "euler", "euler_ancestral", "ddim" or "dpmpp_2m".
@@ -47,6 +53,9 @@ class GenerationOptions:
     model: str | None = None
     width: int | None = None
     height: int | None = None
+    image: InputPicture | None = None
+    mask: InputPicture | None = None
+    strength: float | None = None
     steps: int | None = None
     min_steps: int | None = None
     sampler: str | None = None

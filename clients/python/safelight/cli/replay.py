@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +14,7 @@ from safelight.cli.drawing import connect, draw
 from safelight.cli.output_files import format_of, output_paths, write_files
 from safelight.connection import Connection, endpoint_or_none
 from safelight.errors import FingerprintMismatchError, InvalidRequestError, UnknownModelError
+from safelight.input_pictures import picture_file
 from safelight.model_files import entry_of
 from safelight.receipt import Receipt
 from safelight.types import GeneratedImage
@@ -21,6 +25,8 @@ _DIFFERENT = 1
 def replay(
     receipt: Annotated[Path, typer.Argument(help="That `safelight generate --receipt` wrote.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: none.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The file that the picture started from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask's file.")] = None,
     model: Annotated[str | None, typer.Option(help="Weights, where there is no endpoint; default: `demo`.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Gateway; default: SAFELIGHT_ENDPOINT, or our own.")] = None,
     device: Annotated[str, typer.Option(help="Of the embedded stack: auto, cpu, cuda, cuda:1 ….")] = "auto",
@@ -32,10 +38,11 @@ def replay(
     """
     known = _read(receipt)
     paths = _paths(output, known)
+    options = replace(known.options(), **_inputs(known, {"image": image, "mask": mask}))
     target = endpoint_or_none(endpoint)
     with connect(target, None if target else _entry(known, model), device) as connection:
         _check_weights(known, connection)
-        image = draw(connection, known.options(), timeout).images[0]
+        image = draw(connection, options, timeout).images[0]
     write_files(paths, [image.data for _ in paths])
     typer.echo(_verdict(known, image))
     if known.determinism == "exact" and not known.is_of(image.data):
@@ -56,6 +63,29 @@ def _paths(output: Path | None, known: Receipt) -> list[Path]:
     if format_of(output) != known.format:
         raise InvalidRequestError.of("--output", f"{output} is to be a {known.format} file as the receipt has it")
     return output_paths("--output", output, 1)
+
+
+def _inputs(known: Receipt, given: Mapping[str, Path | None]) -> dict[str, bytes]:
+    """The files that the picture started from.
+
+    Raises:
+        InvalidRequestError: one is missing, is another one, or is not needed.
+    """
+    files = {}
+    for name, path in given.items():
+        wanted = known.inputs.get(name)
+        if path is None and wanted is not None:
+            raise InvalidRequestError.of(f"--{name}", f"give the file that the picture started from, SHA-256 {wanted}")
+        if path is not None and wanted is None:
+            raise InvalidRequestError.of(f"--{name}", "the picture did not start from one; leave it out")
+        if path is not None:
+            files[name] = picture_file(f"--{name}", path)
+            found = hashlib.sha256(files[name]).hexdigest()
+            if found != wanted:
+                raise InvalidRequestError.of(
+                    f"--{name}", f"{path} has SHA-256 {found}; give the file that the picture started from, {wanted}"
+                )
+    return files
 
 
 def _entry(known: Receipt, model: str | None) -> dict[str, Any] | None:

@@ -101,6 +101,11 @@ class ImagePipeline:
         return picture.image
 
 
+def given_strength(input_image: Image.Image | None, denoising_strength: float) -> float | None:
+    """The strength to ask for; None: none, as there is no picture and nothing was said."""
+    return None if input_image is None and denoising_strength == 1 else denoising_strength
+
+
 def refuse_unserved(**arguments: bool) -> None:
     """Check that no argument is given that this release does not serve: its name, and whether it was given.
 

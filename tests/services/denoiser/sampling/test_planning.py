@@ -4,10 +4,8 @@ from math import inf
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from services.denoiser.sampling.planning import plan_sampling, start_step
+from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.schedules import flow, flow_dynamic, karras
 from tests.support.model_samplings import FLOW, STABLE_DIFFUSION
 
@@ -105,13 +103,7 @@ def test_a_flow_has_less_of_the_picture_where_it_has_more_noise() -> None:
 def test_a_picture_enters_where_the_peer_lets_it_enter(strength: float, start: int) -> None:
     whole = plan_sampling(STABLE_DIFFUSION, latent_shape=IMAGE, steps=20)
     cut = plan_sampling(STABLE_DIFFUSION, latent_shape=IMAGE, steps=20, strength=strength)
-    assert start_step(20, strength) == start
     assert (cut.sigmas, cut.timesteps) == (whole.sigmas[start:], whole.timesteps[start:])
-
-
-@given(st.integers(1, 200), st.floats(0, 1))
-def test_a_weaker_change_enters_later_and_always_leaves_a_step(steps: int, strength: float) -> None:
-    assert 0 <= start_step(steps, strength) <= start_step(steps, strength / 2) < steps
 
 
 def test_parameters_that_make_no_falling_noise_levels_are_refused() -> None:

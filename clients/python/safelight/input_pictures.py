@@ -1,0 +1,61 @@
+"""The pictures that a request starts from: from what the user has to the file that is sent."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from safelight.errors import InvalidRequestError
+
+InputPicture = Image.Image | bytes | str | os.PathLike[str]
+"""A picture in memory, a picture file's bytes, or its path."""
+
+MAX_FILE_BYTES = 3 * 1024 * 1024
+"""Largest file that is sent."""
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+def picture_file(field: str, picture: InputPicture) -> bytes:
+    """The file that is sent: a file as it is, to be turned as its EXIF says; a picture in memory as a PNG of its pixels.
+
+    Args:
+        field: that names the picture, for errors.
+        picture: what the user gave.
+
+    Raises:
+        InvalidRequestError: it is no picture, can't be read, or its file is too large.
+    """
+    data = _png(field, picture) if isinstance(picture, Image.Image) else _file(field, picture)
+    if len(data) > MAX_FILE_BYTES:
+        what = f"{picture.width}x{picture.height} pixels, as PNG" if isinstance(picture, Image.Image) else "a file of"
+        raise InvalidRequestError.of(
+            field,
+            f"is {what} {len(data)} bytes; at most {MAX_FILE_BYTES} can be sent: resize it, or save it as JPEG or WebP",
+        )
+    return data
+
+
+def _png(field: str, picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    try:
+        (picture if picture.mode in _PNG_MODES else picture.convert("RGB")).save(file, "PNG")
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError.of(field, f"can't be read: {error}") from error
+    return file.getvalue()
+
+
+def _file(field: str, picture: bytes | str | os.PathLike[str]) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    if not isinstance(picture, (str, os.PathLike)):
+        raise InvalidRequestError.of(
+            field, f"is a {type(picture).__name__}; give a PIL picture, a picture file's bytes, or its path"
+        )
+    try:
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError.of(field, f"{picture} can't be read: {error.strerror}") from error
