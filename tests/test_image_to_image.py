@@ -157,7 +157,7 @@ async def test_a_picture_is_encoded_once_for_all_and_nothing_is_left(
             seed=1,
             on_event=events.append,
         )
-        encodes = cluster.total("safelight_requests_total", method="DecoderService/EncodeImage")
+        encodes = cluster.total("safelight_requests_total", method="safelight.v1.DecoderService/EncodeImage")
         await cluster.until("safelight_leases", 0)
     assert encodes == 1
     steps = {(event.step, event.steps) for event in events if isinstance(event, Progress) and event.stage == "denoiser"}

@@ -20,7 +20,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def picture_file(field: str, picture: InputPicture) -> bytes:
-    """The file that is sent: a file as it is, to be turned as its EXIF says; a picture in memory as a PNG of its pixels.
+    """The file that is sent: a file as it is (its EXIF turns it there), a picture in memory as a PNG of its pixels.
 
     Args:
         field: that names the picture, for errors.
