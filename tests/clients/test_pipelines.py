@@ -83,15 +83,60 @@ def test_a_prompt_that_is_cut_is_told(pipeline: SDImagePipeline, caplog: pytest.
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("input_image", Image.new("RGB", (64, 64))),
-        ("mask_image", Image.new("L", (64, 64))),
-        ("denoising_strength", 0.5),
         ("controlnet_params", [object()]),
     ],
 )
 def test_an_unserved_argument_is_refused_by_name(pipeline: SDImagePipeline, field: str, value: Any) -> None:
     with pytest.raises(UnsupportedError, match=f"^{field}: not served"):
         pipeline(prompt="a cat", **{field: value})
+
+
+def test_a_picture_is_changed_as_far_as_the_strength_says(pipeline: SDImagePipeline) -> None:
+    photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    calls: list[tuple[int, int, str]] = []
+    near, far = (
+        pipeline(
+            "a cat",
+            input_image=photo,
+            denoising_strength=strength,
+            num_inference_steps=10,
+            seed=1,
+            progress_callback=lambda *call: calls.append(call),
+        )
+        for strength in (0.1, 0.9)
+    )
+    assert near.size == far.size == (96, 64)
+    assert [total for _, total, _ in calls] == [2] * 2 + [10] * 10
+    assert ImageChops.difference(near, far).getbbox() is not None
+
+
+def test_the_black_part_of_a_mask_is_kept(pipeline: SDImagePipeline) -> None:
+    photo, mask = Image.new("RGB", (64, 96), "orange"), Image.new("L", (2, 2), 255)
+    mask.paste(0, (0, 1, 2, 2))
+    picture = pipeline("a cat", input_image=photo, mask_image=mask, num_inference_steps=2, seed=1)
+    assert picture.crop((0, 48, 64, 96)).getcolors() == [(64 * 48, (255, 165, 0))]
+    assert picture.crop((0, 0, 64, 48)).getcolors() != [(64 * 48, (255, 165, 0))]
+
+
+def test_an_input_picture_is_scaled_to_a_size_that_is_given(pipeline: SDImagePipeline) -> None:
+    photo = Image.new("RGB", (640, 480), "orange")
+    picture = pipeline("a cat", input_image=photo, width=64, height=96, num_inference_steps=1)
+    assert picture.size == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"mask_image": Image.new("L", (64, 64))}, "inputs: has a mask and no image"),
+        ({"denoising_strength": 0.5}, "strength: needs an image"),
+        ({"input_image": Image.new("RGB", (64, 64)), "denoising_strength": 1.7}, "strength: is 1.7; must be from 0 to"),
+        ({"input_image": Image.new("RGB", (24, 24))}, "width: the image has 24x24 pixels, which makes 24x24; give a"),
+        ({"input_image": 7}, "image: is a int; give a PIL picture"),
+    ],
+)
+def test_a_wrong_input_is_refused_by_name(pipeline: SDImagePipeline, arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidRequestError, match=sentence):
+        pipeline(prompt="a cat", **arguments)
 
 
 def test_a_wrong_argument_is_refused_by_name(pipeline: SDImagePipeline) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +79,16 @@ def test_the_decoders_queue_drains_while_the_denoiser_works() -> None:
     shorter, longer = (stage(backlog, curve={1: 0.5}) for backlog in (0.9, 3.0))
     assert known(estimate(request(), stage(curve={}), denoiser, shorter)).seconds == pytest.approx(1.5)
     assert known(estimate(request(), stage(curve={}), denoiser, longer)).seconds == pytest.approx(3.5)
+
+
+def test_a_picture_to_start_from_is_encoded_before_the_first_step() -> None:
+    plane = WorkCost(model="tiny", latent_shape=SHAPE[1:], rows=1, seconds=0.25)
+    both = Costs([plane, WorkCost(model="tiny", latent_shape=SHAPE, rows=1, seconds=0.5)])
+    decoder = StageLoad([ReplicaLoad(0.0, 0, both)])
+    work = replace(request(), encode_image=Work("tiny", SHAPE[1:]))
+    found = known(estimate(work, stage(curve={}), stage(0.0, curve={1: 0.1}), decoder))
+    assert (found.seconds, found.idle_seconds) == pytest.approx((1.75, 1.75))
+    assert (found.stages["decoder"].busy, found.stages["decoder"].each) == pytest.approx((0.75, 0.375))
 
 
 def test_several_pictures_go_to_several_replicas() -> None:

@@ -78,7 +78,6 @@ def test_all_wrong_fields_are_told_at_once() -> None:
     [
         (GenerateRequest(adapters=[work.Adapter(name="style")]), "adapters"),
         (GenerateRequest(inputs=[work.MediaInput()]), "inputs"),
-        (GenerateRequest(strength=0.5), "strength"),
         (GenerateRequest(num_frames=81), "num_frames"),
         (GenerateRequest(preview=work.PreviewOptions(every_steps=2)), "preview"),
         (GenerateRequest(size_conditioning=work.SizeConditioning()), "size_conditioning"),

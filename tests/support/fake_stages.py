@@ -41,6 +41,7 @@ from services.common.server import Service
 Encode = Callable[[EncodeRequest], Awaitable[EncodeResponse]]
 Denoise = Callable[[DenoiseRequest], AsyncGenerator[DenoiseResponse, None]]
 Decode = Callable[[DecodeRequest], AsyncGenerator[DecodeResponse, None]]
+EncodeImage = Callable[[EncodeImageRequest], Awaitable[EncodeImageResponse]]
 FILE = b"the first half, the second half"
 ENCODER = EncoderDescription(fingerprint="e", max_tokens=77, max_clip_skip=2, default_clip_skip=1, max_prompt_bytes=99)
 DENOISER = DenoiserDescription(
@@ -55,6 +56,7 @@ DENOISER = DenoiserDescription(
     default_latent_height=8,
     max_latent_area=64,
     previews=True,
+    inputs=[work.MEDIA_ROLE_IMAGE, work.MEDIA_ROLE_MASK],
 )
 DECODER = DecoderDescription(fingerprint="v", scale_factor=8, latent_channels=4, formats=[work.OUTPUT_FORMAT_PNG])
 
@@ -105,6 +107,16 @@ async def encoded(request: EncodeRequest) -> EncodeResponse:
     conditioning = Conditioning(tensors=[NamedTensor(name="prompt_embeds", tensor=tensor())])
     prompts = [EncodedPrompt(conditioning=conditioning, token_count=3) for _ in request.prompts]
     return EncodeResponse(prompts=prompts, timing=work.StageTiming(stage="encoder", compute_seconds=0.25))
+
+
+async def encoded_image(request: EncodeImageRequest) -> EncodeImageResponse:
+    """The same small latent for every picture, and a mask if it has one."""
+    response = EncodeImageResponse(
+        latents=tensor(b"pict"), timing=work.StageTiming(stage="decoder", compute_seconds=1.5)
+    )
+    if request.mask:
+        response.mask.CopyFrom(tensor(b"mask"))
+    return response
 
 
 class _Encoder(EncoderServiceServicer):
@@ -183,8 +195,8 @@ class FakeDenoiser(DenoiserServiceServicer):
 
 
 class _Decoder(DecoderServiceServicer):
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
+    def __init__(self, decode: Decode, encode_image: EncodeImage) -> None:
+        self._decode, self._encode_image = decode, encode_image
 
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeResponse]:
         async with aclosing(self._decode(request)) as responses:
@@ -192,7 +204,7 @@ class _Decoder(DecoderServiceServicer):
                 yield response
 
     async def EncodeImage(self, request: EncodeImageRequest, context: Context) -> EncodeImageResponse:
-        raise AssertionError("the gateway of this release never calls it")
+        return await self._encode_image(request)
 
 
 @dataclass
@@ -200,13 +212,14 @@ class FakeDecoder:
     """A decoder that answers as the test says."""
 
     decode: Decode = whole_file
+    encode_image: EncodeImage = encoded_image
     description: DecoderDescription = field(default_factory=lambda: DECODER)
 
     def service(self) -> Service:
         """To be served."""
         mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", decoder=self.description)) | {
             "safelight.v1.DecoderService": lambda server: add_DecoderServiceServicer_to_server(
-                _Decoder(self.decode), server
+                _Decoder(self.decode, self.encode_image), server
             )
         }
         return Service("decoder", mounts, ("fake",))

@@ -191,7 +191,6 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "str": _one(str),
     "int": _one(int),
     "float": _one(float, int),
-    "float | None": _one(float, int, type(None)),
     "bool": _one(bool),
     "int | None": _one(int, type(None)),
     "float | None": _one(float, int, type(None)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +37,14 @@ def replay(
     """
     known = _read(receipt)
     paths = _paths(output, known)
-    options = replace(known.options(), **_inputs(known, {"image": image, "mask": mask}))
+    options = replace(known.options(), image=_input_file(known, "image", image), mask=_input_file(known, "mask", mask))
     target = endpoint_or_none(endpoint)
     with connect(target, None if target else _entry(known, model), device) as connection:
         _check_weights(known, connection)
-        image = draw(connection, options, timeout).images[0]
-    write_files(paths, [image.data for _ in paths])
-    typer.echo(_verdict(known, image))
-    if known.determinism == "exact" and not known.is_of(image.data):
+        again = draw(connection, options, timeout).images[0]
+    write_files(paths, [again.data for _ in paths])
+    typer.echo(_verdict(known, again))
+    if known.determinism == "exact" and not known.is_of(again.data):
         raise typer.Exit(_DIFFERENT)
 
 
@@ -65,27 +64,25 @@ def _paths(output: Path | None, known: Receipt) -> list[Path]:
     return output_paths("--output", output, 1)
 
 
-def _inputs(known: Receipt, given: Mapping[str, Path | None]) -> dict[str, bytes]:
-    """The files that the picture started from.
+def _input_file(known: Receipt, name: str, path: Path | None) -> bytes | None:
+    """The file that the picture started from, by its name in the receipt; None: it started from none.
 
     Raises:
-        InvalidRequestError: one is missing, is another one, or is not needed.
+        InvalidRequestError: it is missing, is another one, or is not needed.
     """
-    files = {}
-    for name, path in given.items():
-        wanted = known.inputs.get(name)
-        if path is None and wanted is not None:
-            raise InvalidRequestError.of(f"--{name}", f"give the file that the picture started from, SHA-256 {wanted}")
-        if path is not None and wanted is None:
-            raise InvalidRequestError.of(f"--{name}", "the picture did not start from one; leave it out")
-        if path is not None:
-            files[name] = picture_file(f"--{name}", path)
-            found = hashlib.sha256(files[name]).hexdigest()
-            if found != wanted:
-                raise InvalidRequestError.of(
-                    f"--{name}", f"{path} has SHA-256 {found}; give the file that the picture started from, {wanted}"
-                )
-    return files
+    wanted, option = known.inputs.get(name), f"--{name}"
+    if path is None and wanted is not None:
+        raise InvalidRequestError.of(option, f"give the file that the picture started from, SHA-256 {wanted}")
+    if path is None:
+        return None
+    if wanted is None:
+        raise InvalidRequestError.of(option, "the picture started from none; leave it out")
+    file = picture_file(option, path)
+    if (found := hashlib.sha256(file).hexdigest()) != wanted:
+        raise InvalidRequestError.of(
+            option, f"{path} has SHA-256 {found}; give the file that the picture started from, {wanted}"
+        )
+    return file
 
 
 def _entry(known: Receipt, model: str | None) -> dict[str, Any] | None:

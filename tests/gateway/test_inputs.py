@@ -1,0 +1,146 @@
+"""What the gateway knows of a request's input picture: its role, its size and its strength, but no pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gateway.admission import request_work
+from gateway.inputs import MAX_FILE_BYTES, with_size_of_picture
+from gateway.plan import GenerationPlan, make_plan
+from gateway.validation import check_generate
+from safelight.errors import InvalidRequestError, UnsupportedError
+from safelight.v1 import work_pb2 as work
+from safelight.v1.generation_service_pb2 import GenerateRequest
+from safelight.v1.model_pb2 import ModelDescription
+from tests.gateway.test_validation import MODEL as PLAIN
+
+MODEL = ModelDescription()
+MODEL.CopyFrom(PLAIN)
+MODEL.denoiser.inputs.extend([work.MEDIA_ROLE_IMAGE, work.MEDIA_ROLE_MASK])
+
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(data: bytes) -> work.MediaInput:
+    return work.MediaInput(role=work.MEDIA_ROLE_IMAGE, data=data)
+
+
+MASK = work.MediaInput(role=work.MEDIA_ROLE_MASK, data=png(3, 5))
+PHOTO = image(png(512, 512))
+
+
+def plan_of(**fields: Any) -> GenerationPlan:
+    request = GenerateRequest(prompt="a cat", **fields)
+    check_generate(request, MODEL)
+    return make_plan(with_size_of_picture(request, MODEL), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "remedy"),
+    [
+        (GenerateRequest(inputs=[MASK]), "inputs", "a mask and no image; give the image"),
+        (GenerateRequest(inputs=[PHOTO, PHOTO]), "inputs[1]", "a second MEDIA_ROLE_IMAGE; give one"),
+        (GenerateRequest(inputs=[PHOTO, MASK, MASK]), "inputs[2]", "a second MEDIA_ROLE_MASK; give one"),
+        (
+            GenerateRequest(inputs=[work.MediaInput(role=work.MEDIA_ROLE_VIDEO, data=b"film")]),
+            "inputs[0].role",
+            "is MEDIA_ROLE_VIDEO; model 'sd15' takes MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK",
+        ),
+        (GenerateRequest(inputs=[work.MediaInput(data=b"?")]), "inputs[0].role", "is MEDIA_ROLE_UNSPECIFIED"),
+        (GenerateRequest(inputs=[image(b"")]), "inputs[0].data", "has 0 bytes; must have from 1"),
+        (GenerateRequest(inputs=[image(bytes(MAX_FILE_BYTES + 1))]), "inputs[0].data", "resize the picture"),
+        (GenerateRequest(inputs=[PHOTO], strength=1.7), "strength", "from 0 to 1"),
+        (GenerateRequest(inputs=[PHOTO], strength=-0.1), "strength", "from 0 to 1"),
+        (GenerateRequest(strength=0.5), "strength", "needs an image"),
+    ],
+)
+def test_a_wrong_input_is_named_with_its_remedy(request_: GenerateRequest, field: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(request_, MODEL)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert remedy in violation.description
+
+
+def test_a_model_that_takes_no_inputs_says_so() -> None:
+    with pytest.raises(UnsupportedError, match="inputs: not served by model 'sd15'"):
+        check_generate(GenerateRequest(inputs=[PHOTO]), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "size"),
+    [
+        ((512, 768), {}, (512, 768)),
+        ((515, 770), {}, (512, 768)),
+        ((517, 64), {}, (520, 64)),
+        ((100, 200), {"width": 256}, (256, 512)),
+        ((100, 200), {"height": 256}, (128, 256)),
+        ((3000, 2000), {"height": 512}, (768, 512)),
+        ((3000, 2000), {"width": 512, "height": 512}, (512, 512)),
+        ((8, 8), {"width": 64, "height": 128}, (64, 128)),
+    ],
+)
+def test_the_picture_says_what_the_request_does_not(
+    own: tuple[int, int], asked: dict[str, int], size: tuple[int, int]
+) -> None:
+    plan = plan_of(inputs=[image(png(*own))], **asked)
+    assert (plan.images[0].width, plan.images[0].height) == size
+    assert plan.latent_shape == (4, size[1] // 8, size[0] // 8)
+
+
+def test_the_size_is_a_multiple_of_what_the_model_takes() -> None:
+    model = ModelDescription()
+    model.CopyFrom(MODEL)
+    model.denoiser.latent_multiple = 2
+    sized = with_size_of_picture(GenerateRequest(inputs=[image(png(525, 500))]), model)
+    assert (sized.width, sized.height) == (528, 496)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ([image(b"no picture")], r"inputs\[0\].data: \(MEDIA_ROLE_IMAGE\) a picture file must be PNG, JPEG or WebP"),
+        ([PHOTO, work.MediaInput(role=work.MEDIA_ROLE_MASK, data=b"?")], r"inputs\[1\].data: \(MEDIA_ROLE_MASK\)"),
+        ([image(png(40, 300))], "width: the image has 40x300 pixels, which makes 40x304; give a width and a height"),
+        ([image(png(4096, 4096))], "width: the image has 4096x4096 pixels, .* at most 1048576 pixels in all"),
+    ],
+)
+def test_what_is_no_picture_or_has_no_size_to_draw_is_refused(inputs: list[work.MediaInput], sentence: str) -> None:
+    with pytest.raises(InvalidRequestError, match=sentence):
+        with_size_of_picture(GenerateRequest(inputs=inputs), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "given", "strength"),
+    [([PHOTO], {}, 0.8), ([PHOTO, MASK], {}, 1.0), ([MASK, PHOTO], {"strength": 0.25}, 0.25)],
+)
+def test_the_receipt_is_told_the_strength_and_the_files(
+    inputs: list[work.MediaInput], given: dict[str, float], strength: float
+) -> None:
+    (parameters,) = plan_of(inputs=inputs, **given).images
+    assert parameters.strength == pytest.approx(strength)
+    assert [(each.role, each.sha256) for each in parameters.inputs] == [
+        (each.role, hashlib.sha256(each.data).digest()) for each in inputs
+    ]
+
+
+def test_a_request_without_a_picture_has_no_strength() -> None:
+    (parameters,) = plan_of().images
+    assert not parameters.HasField("strength")
+
+
+def test_the_work_is_that_of_the_steps_that_are_run_and_of_encoding_the_picture() -> None:
+    changed, drawn = request_work(plan_of(inputs=[PHOTO], strength=0.5), 20), request_work(plan_of(), 20)
+    assert (changed.denoise.passes, drawn.denoise.passes) == (11, 20)
+    assert changed.encode_image is not None
+    assert changed.encode_image.latent_shape == (64, 64)
+    assert drawn.encode_image is None
