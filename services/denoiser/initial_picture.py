@@ -13,7 +13,7 @@ from services.denoiser.inpainting import Inpainting
 from services.modeling.wire import check_finite, read_tensor
 
 INPUTS = (MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK)
-"""What every model may start from: a picture is noised by the model's own process, and nothing else is asked of it."""
+"""What every model of pictures may start from: noising a picture is all that takes."""
 
 
 def initial_refs(request: DenoiseRequest) -> list[TensorRef]:

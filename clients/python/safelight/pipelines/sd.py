@@ -105,9 +105,7 @@ class SDImagePipeline(ImagePipeline):
         Raises:
             SafelightError: see safelight.errors.
         """
-        refuse_unserved(
-            controlnet_params=bool(controlnet_params),
-        )
+        refuse_unserved(controlnet_params=bool(controlnet_params))
         options = GenerationOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,

