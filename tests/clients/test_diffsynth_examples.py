@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,31 +14,54 @@ from tests.support.flux_layout import original_flux_tensors
 from tests.support.ldm_layout import save_single_file
 from tests.support.model_hubs import ModelScopeHub
 from tests.support.tiny_flux import save_tiny_flux
+from tests.support.tiny_sdxl import save_tiny_sdxl
 
 SIZE = 64
 STEPS = "num_inference_steps=2"
+FLUX = {
+    "majicflus_v134.safetensors",
+    "clip-bf16.safetensors",
+    "t5-fp8-00001-of-00002.safetensors",
+    "t5-fp8-00002-of-00002.safetensors",
+    "ae-bf16.safetensors",
+}
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[ModelScopeHub]:
     """ModelScope with the models that the guide fetches."""
     folder = tmp_path_factory.mktemp("hub")
-    flux = save_tiny_flux(folder / "flux")
-    files = {
-        "MusePublic/DreamShaper_SD_1_5": {"dreamshaper.safetensors": save_single_file(tiny_sd15, folder / "sd15")},
-        "MAILAND/majicflus_v1": {"majicflus_v134.safetensors": _transformer_alone(flux, folder / "majicflus")},
-        "muse/FLUX.1-dev-fp8": {
-            "clip-bf16.safetensors": flux / "text_encoder" / "model.safetensors",
-            "t5-fp8-00001-of-00002.safetensors": flux / "text_encoder_2" / "model-00001-of-00002.safetensors",
-            "t5-fp8-00002-of-00002.safetensors": flux / "text_encoder_2" / "model-00002-of-00002.safetensors",
-            "ae-bf16.safetensors": flux / "vae" / "diffusion_pytorch_model.safetensors",
-        },
-    }
+    sdxl, flux = save_tiny_sdxl(folder / "sdxl"), save_tiny_flux(folder / "flux")
+    t5 = flux / "text_encoder_2"
     hub = ModelScopeHub(
-        {model: {"master": {name: path.read_bytes() for name, path in each.items()}} for model, each in files.items()}
+        {
+            "MusePublic/DreamShaper_SD_1_5": {
+                "master": _read({"dreamshaper.safetensors": save_single_file(tiny_sd15, folder / "sd15")})
+            },
+            "muse/sd_xl_base_1.0": {
+                "20240425120250": _read({"sd_xl_base_1.0.safetensors": save_single_file(sdxl, folder / "sdxl_base")})
+            },
+            "MAILAND/majicflus_v1": {
+                "master": _read({"majicflus_v134.safetensors": _transformer_alone(flux, folder / "majicflus")})
+            },
+            "muse/FLUX.1-dev-fp8": {
+                "master": _read(
+                    {
+                        "clip-bf16.safetensors": flux / "text_encoder" / "model.safetensors",
+                        "t5-fp8-00001-of-00002.safetensors": t5 / "model-00001-of-00002.safetensors",
+                        "t5-fp8-00002-of-00002.safetensors": t5 / "model-00002-of-00002.safetensors",
+                        "ae-bf16.safetensors": flux / "vae" / "diffusion_pytorch_model.safetensors",
+                    }
+                )
+            },
+        }
     )
     yield hub
     hub.close()
+
+
+def _read(files: Mapping[str, Path]) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in files.items()}
 
 
 def _transformer_alone(flux: Path, path: Path) -> Path:
@@ -51,16 +74,9 @@ def _transformer_alone(flux: Path, path: Path) -> Path:
     ("script", "files"),
     [
         ("sd", {"dreamshaper.safetensors"}),
-        (
-            "flux",
-            {
-                "majicflus_v134.safetensors",
-                "clip-bf16.safetensors",
-                "t5-fp8-00001-of-00002.safetensors",
-                "t5-fp8-00002-of-00002.safetensors",
-                "ae-bf16.safetensors",
-            },
-        ),
+        ("sdxl", {"sd_xl_base_1.0.safetensors"}),
+        ("flux", FLUX),
+        ("flux_offload", FLUX),
     ],
 )
 def test_a_script_of_the_guide_fetches_what_it_needs_and_draws(
