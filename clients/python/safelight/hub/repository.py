@@ -82,7 +82,7 @@ def answered(repository: Repository, status: int) -> DownloadError:
         remedy = "check the name and the revision, or give the access token of a private one"
         return DownloadError(f"{repository}: not found (HTTP 404): {remedy}")
     if status in _REFUSED:
-        remedy = "give an access token that may read it, and accept the model's terms on its page if it has any"
+        remedy = "give an access token that may read it, check the name, and accept the model's terms if it has any"
         return DownloadError(f"{repository}: refused (HTTP {status}): {remedy}")
     return HubUnreachableError(f"{repository}: the hub answers HTTP {status}: try again later")
 

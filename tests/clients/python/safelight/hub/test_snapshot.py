@@ -42,7 +42,11 @@ def test_a_killed_download_leaves_no_file_that_looks_whole_and_is_gone_on_with(
     hub.faults.hold_at = HOLD_AT
     with fetch_elsewhere(source, "b.safetensors") as process:
         assert hub.holding.wait(60)
-        assert wait_for(lambda: any(part.stat().st_size > HOLD_AT / 2 for part in cache.rglob("b.safetensors.*")))
+        assert wait_for(
+            lambda: any(
+                part.stat().st_size > HOLD_AT / 2 for part in cache.rglob("b.safetensors.*") if part.suffix != ".lock"
+            )
+        )
         process.send_signal(signal.SIGKILL)
     assert not whole(cache, source).exists()
     hub.faults.hold_at = 0
@@ -140,6 +144,23 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     with pytest.raises(DownloadError, match=r"needs 0\.03 GB more, and .* has 0\.00 GB left: make room there, or name"):
         fetch_model(MODEL, path="b.safetensors", source=source)
     assert not hub.asked
+
+
+def test_a_disk_that_becomes_full_gets_back_what_has_arrived(hub: ModelHub, source: str, cache: Path) -> None:
+    incoming = cache / source / MODEL / "__version" / ".safelight" / "incoming" / "b.safetensors"
+    incoming.mkdir(parents=True)
+    for name in ("b.safetensors.part", "b.safetensors.incomplete"):
+        (incoming / name).symlink_to("/dev/full")  # as the libraries name what is under way
+    with pytest.raises(
+        DownloadError, match=r"b\.safetensors can't be written to .* \(No space left on device\): make r"
+    ):
+        fetch_model(MODEL, path="b.safetensors", source=source)
+    assert not incoming.exists()
+
+
+def test_nothing_of_a_transfer_is_left_when_it_is_whole(hub: ModelHub, source: str, cache: Path) -> None:
+    fetch_model(MODEL, path="vae/config.json", source=source)
+    assert not [path for path in cache.rglob("incoming/**/*") if path.is_file()]
 
 
 def test_a_cache_that_can_not_be_written_is_named(hub: ModelHub, source: str, cache: Path) -> None:
