@@ -10,12 +10,9 @@ in float32 when it is asked for bfloat16, as a denoiser does (services/modeling/
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from bench.in_turns import Step, Timing, ratios, relative_error, summary, time_in_turns, timed
 from services.denoiser.models.sd_unet import SDUNet, load_sd_unet
 from services.modeling.components import resolve_dtype
 from services.modeling.placement import Placement, place
@@ -42,15 +40,6 @@ REAL = {
 TINY = REAL | {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "cross_attention_dim": 32}
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-Step = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds of each round: by the wall's clock and of the process's threads together."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,53 +139,21 @@ def prepare(
     return theirs.to(dtype), ours, exact, inputs
 
 
-def time_in_turns(steps: tuple[Step, Step], rounds: int) -> tuple[Timing, Timing]:
-    """Times both in every round; who goes first alternates."""
-    timings = Timing(), Timing()
-    for turn in range(rounds):
-        for index in (turn % 2, 1 - turn % 2):
-            timed(steps[index], timings[index])
-    return timings
-
-
-def timed(step: Step, timing: Timing) -> Tensor:
-    """What a call returns; the time it took is added to `timing`."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    output = step()
-    timing.wall.append(time.perf_counter() - wall)
-    timing.cpu.append(time.process_time() - cpu)
-    return output
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|."""
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 def report(result: Result) -> str:
     """The result as a small table."""
+    ours, theirs = result.ours, result.theirs
     lines = [
         f"SD 1.5 UNet step, {result.size} x {result.size}, batch 2, {result.dtype}, {result.threads} threads, "
-        f"torch {result.torch}; median (min to max) of {len(result.ours.wall)} rounds",
+        f"torch {result.torch}; median (min to max) of {len(ours.wall)} rounds",
         f"{'':11}{'wall s':>24}{'CPU s':>24}{'error':>10}",
-        f"{'diffusers':11}{summary(result.theirs.wall)}{summary(result.theirs.cpu)}{result.theirs_error:10.1e}",
-        f"{'safelight':11}{summary(result.ours.wall)}{summary(result.ours.cpu)}{result.ours_error:10.1e}",
-        f"{'ratio':11}{summary(ratios(result, 'wall'))}{summary(ratios(result, 'cpu'))}{result.difference:10.1e}",
+        f"{'diffusers':11}{summary(theirs.wall)}{summary(theirs.cpu)}{result.theirs_error:10.1e}",
+        f"{'safelight':11}{summary(ours.wall)}{summary(ours.cpu)}{result.ours_error:10.1e}",
+        f"{'ratio':11}{summary(ratios(ours, theirs, 'wall'))}{summary(ratios(ours, theirs, 'cpu'))}"
+        f"{result.difference:10.1e}",
         f"the text's keys and values, once a request: {result.context.wall[0]:.3f} s",
         f"safelight computed in {result.ours_dtype}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def ratios(result: Result, clock: str) -> list[float]:
-    """Ours over theirs, round by round."""
-    pairs = zip(getattr(result.ours, clock), getattr(result.theirs, clock), strict=True)
-    return [ours / theirs for ours, theirs in pairs]
-
-
-def summary(values: list[float]) -> str:
-    """Median and range, 24 characters wide."""
-    return f"{statistics.median(values):9.3f} ({min(values):.2f} to {max(values):.2f})".rjust(24)
 
 
 if __name__ == "__main__":
