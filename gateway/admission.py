@@ -54,7 +54,8 @@ class Admission:
         self._max_images = settings.max_images_in_flight
         self._rules = AdmissionRules(settings.max_queue_seconds, settings.deadline_factor)
         self._metrics = metrics
-        self._images = 0
+        self._max_input_bytes = settings.max_input_bytes
+        self._images = self._input_bytes = 0
         self._retry_times = RetryTimes(time.monotonic)
         self._calibration = Calibration(time.monotonic)
 
@@ -75,6 +76,7 @@ class Admission:
         admitted = self._check(plan, remaining_seconds)
         images = len(plan.images)
         self._images += images
+        self._input_bytes += plan.inputs.size
         admitted.start()
         try:
             yield admitted
@@ -89,6 +91,7 @@ class Admission:
         finally:
             admitted.end()
             self._images -= images
+            self._input_bytes -= plan.inputs.size
 
     def _learn(self, admitted: Admitted, seconds: float) -> None:
         if admitted.estimate:
@@ -111,6 +114,8 @@ class Admission:
         known = expected(sampling.steps)
         if self._images + len(plan.images) > self._max_images:
             raise self._too_many(plan, known)
+        if plan.inputs.size and self._input_bytes + plan.inputs.size > self._max_input_bytes:
+            raise self._too_large(known)
         if known is None or self._rules.fits(known, remaining_seconds):
             return Admitted(plan, known, self._stages)
         steps = self._fewer_steps(sampling, expected, remaining_seconds)
@@ -174,6 +179,16 @@ class Admission:
             retry_after_seconds=self._retry_after(known, wait),
             stage="gateway",
             capacity=str(self._max_images),
+        )
+
+    def _too_large(self, known: Estimate | None) -> OverloadedError:
+        self._metrics.admission_refused.labels("credits").inc()
+        return OverloadedError(
+            f"the requests in work have {self._input_bytes} bytes of input pictures and {self._max_input_bytes} are "
+            "allowed: retry later",
+            retry_after_seconds=self._retry_after(known, 1.0),
+            stage="gateway",
+            capacity=str(self._max_input_bytes),
         )
 
     def _retry_after(self, known: Estimate | None, wait_seconds: float) -> float:

@@ -29,6 +29,11 @@ class InputFiles:
     image: bytes = b""
     mask: bytes = b""
 
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return len(self.image) + len(self.mask)
+
 
 def input_files(request: GenerateRequest) -> InputFiles:
     """The files of a request that `input_violations` has passed."""

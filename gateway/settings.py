@@ -22,6 +22,9 @@ class GatewaySettings(ServerSettings):
     health_interval_seconds: float = setting(1.0, "Time between two looks at every replica.")
     max_images_in_flight: int = setting(256, "Pictures in work at once; one more gets RESOURCE_EXHAUSTED.")
     max_images_in_stages: int = setting(0, "Of these, pictures that are in the stages; 0: as many as the stages take.")
+    max_input_bytes: int = setting(
+        512 * 1024**2, "Input pictures of the requests in work, in bytes; one more gets RESOURCE_EXHAUSTED."
+    )
     max_queue_seconds: float = setting(
         600.0, "Most seconds of work ahead of a request; one more gets RESOURCE_EXHAUSTED."
     )

@@ -22,12 +22,20 @@ from safelight.v1.load_service_pb2 import GetLoadRequest
 from safelight.v1.model_service_pb2 import GetModelRequest, ListModelsRequest
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest, ReleaseRequest
 from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorLease, TensorRef
-from safelight.v1.work_pb2 import Checkpoint, GuidanceOptions, SamplingOptions, WorkContext
+from safelight.v1.work_pb2 import (
+    MEDIA_ROLE_IMAGE,
+    MEDIA_ROLE_MASK,
+    Checkpoint,
+    GuidanceOptions,
+    MediaInput,
+    SamplingOptions,
+    WorkContext,
+)
 from services.common.exchange import tensor_store
 from services.denoiser.sampling.state import SamplerState, state_to_bytes
 from tests.support.fuzz_target import SECONDS, FuzzTarget, Outcome
 from tests.support.spoiled_messages import mutilated, spoiled
-from tests.support.stage_requests import conditioning, decode_request, denoise_request
+from tests.support.stage_requests import conditioning, decode_request, denoise_request, from_picture
 
 OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -86,9 +94,21 @@ GENERATE = GenerateRequest(
     sampling=SamplingOptions(sampler="euler", steps=2),
     guidance=GuidanceOptions(scale=2.0),
 )
+INPUTS = [
+    MediaInput(role=MEDIA_ROLE_IMAGE, data=picture()),
+    MediaInput(role=MEDIA_ROLE_MASK, data=picture()),
+]
+REPAINT = GenerateRequest(
+    model="tiny", prompt="a cat", inputs=INPUTS, strength=0.5, sampling=GENERATE.sampling, guidance=GENERATE.guidance
+)
 CASES = {
     "encode": Case("encoder", "EncoderService/Encode", EncodeRequest(model="tiny", prompts=["a cat", ""])),
     "denoise": Case("denoiser", "DenoiserService/Denoise", denoise_request(steps=2)),
+    "denoise from a picture": Case(
+        "denoiser",
+        "DenoiserService/Denoise",
+        from_picture(denoise_request(steps=2), torch.zeros(1, 4, 8, 8), 0.9, torch.ones(1, 1, 8, 8)),
+    ),
     "denoise with leases": Case("denoiser", "DenoiserService/Denoise", with_leases(), served=False),
     "denoise resumed": Case("denoiser", "DenoiserService/Denoise", resumed(), served=False),
     "decode": Case("decoder", "DecoderService/Decode", decode_request(torch.zeros(1, 4, 8, 8))),
@@ -101,6 +121,7 @@ CASES = {
         decoder.EncodeImageRequest(model="tiny", image=picture(), mask=picture(), width=64, height=128),
     ),
     "generate": Case("gateway", "GenerationService/Generate", GENERATE),
+    "generate from a picture": Case("gateway", "GenerationService/Generate", REPAINT),
     "cancel": Case("gateway", "GenerationService/Cancel", CancelRequest(context=WorkContext(request_id="fuzz"))),
     "pull": Case("denoiser", "TensorExchangeService/Pull", PullRequest(ticket="0f3a"), served=False),
     "release": Case("denoiser", "TensorExchangeService/Release", ReleaseRequest(tickets=["0f3a"])),
@@ -161,6 +182,10 @@ HUGE_REQUESTS: dict[str, tuple[str, Message]] = {
     "many axes": ("denoise", DenoiseRequest(model="tiny", latent_shape=[2**62] * 100_000)),
     "many tokens": ("denoise", DenoiseRequest(model="tiny", conditioning=conditioning(0, 10_000))),
     "no picture": ("encode image", decoder.EncodeImageRequest(model="tiny", image=HUGE)),
+    "no picture to start from": (
+        "generate",
+        GenerateRequest(model="tiny", inputs=[MediaInput(role=MEDIA_ROLE_IMAGE, data=HUGE)]),
+    ),
     "many seeds": ("generate", GenerateRequest(model="tiny", seeds=[1] * 500_000)),
     "long prompt": ("generate", GenerateRequest(model="tiny", prompt=HUGE.decode())),
     "many tickets": ("release", ReleaseRequest(tickets=["x"] * 500_000)),

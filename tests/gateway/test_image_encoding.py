@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncGenerator, Sequence
 
 from PIL import Image
 
-from safelight.errors import InvalidRequestError, LeaseExpiredError, StageDrainingError
+from safelight.errors import InvalidRequestError, LeaseExpiredError, OverloadedError, StageDrainingError
 from safelight.v1 import work_pb2 as work
 from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse, EncodeImageRequest, EncodeImageResponse
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
@@ -113,6 +114,27 @@ async def test_a_lost_latent_is_made_again_and_the_steps_go_on_from_the_checkpoi
     assert len(decoder.encodes) == 2
     assert denoiser.requests[-1].resume_from.step == 3
     assert receipt.steps_recomputed == 0
+
+
+async def test_input_pictures_are_bounded_in_all(deploy: Deploy) -> None:
+    async def wait(request: EncodeImageRequest) -> EncodeImageResponse:
+        reached.set()
+        await released.wait()
+        return await encoded_image(request)
+
+    reached, released = asyncio.Event(), asyncio.Event()
+    deployment = await deploy(
+        [FakeDenoiser(rest)], [FakeDecoder(encode_image=wait)], max_input_bytes=2 * len(IMAGE.data)
+    )
+    first = asyncio.create_task(deployment.events(REQUEST))
+    await reached.wait()
+    error = await failure(deployment.events(REQUEST))
+    released.set()
+    await first
+    assert isinstance(error, OverloadedError)
+    assert error.retry_after_seconds is not None
+    assert "bytes of input pictures" in error.message
+    assert await deployment.events(REQUEST)
 
 
 async def test_what_is_no_picture_reaches_no_stage(deploy: Deploy) -> None:

@@ -24,9 +24,9 @@ MODEL.CopyFrom(PLAIN)
 MODEL.denoiser.inputs.extend([work.MEDIA_ROLE_IMAGE, work.MEDIA_ROLE_MASK])
 
 
-def png(width: int, height: int) -> bytes:
+def png(width: int, height: int, mode: str = "L") -> bytes:
     file = io.BytesIO()
-    Image.new("L", (width, height)).save(file, "PNG")
+    Image.new(mode, (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -110,6 +110,7 @@ def test_the_size_is_a_multiple_of_what_the_model_takes() -> None:
     [
         ([image(b"no picture")], r"inputs\[0\].data: \(MEDIA_ROLE_IMAGE\) a picture file must be PNG, JPEG or WebP"),
         ([PHOTO, work.MediaInput(role=work.MEDIA_ROLE_MASK, data=b"?")], r"inputs\[1\].data: \(MEDIA_ROLE_MASK\)"),
+        ([image(png(9000, 9000, "1"))], "the picture has 9000x9000 pixels and may have 67108864: make it smaller"),
         ([image(png(40, 300))], "width: the image has 40x300 pixels, which makes 40x304; give a width and a height"),
         ([image(png(4096, 4096))], "width: the image has 4096x4096 pixels, .* at most 1048576 pixels in all"),
     ],

@@ -88,7 +88,7 @@ async def test_a_latent_becomes_a_picture_file_with_its_parameters(
 ) -> None:
     request = decode_request(LATENTS)
     request.output.format = output_format
-    request.parameters.CopyFrom(work_pb2.GenerationParameters(prompt="a cat", seed=7, model="tiny"))
+    request.parameters.CopyFrom(work_pb2.GenerationParameters(prompt="a cat", seed=7, model="tiny", strength=0.7))
     data, result = await (await start()).decode(request)
     assert (result.media_type, result.width, result.height) == (media_type, 96, 64)
     assert (result.file_size, result.sha256) == (len(data), hashlib.sha256(data).digest())
@@ -96,6 +96,9 @@ async def test_a_latent_becomes_a_picture_file_with_its_parameters(
     parameters = read_parameters(data)
     assert parameters is not None
     assert (parameters["prompt"], parameters["seed"]) == ("a cat", 7)
+    details = parameters["details"]
+    assert isinstance(details, dict)
+    assert str(details["Denoising strength"]) == "0.7"
 
 
 async def test_metadata_is_left_out_on_request(start: Start) -> None:
