@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 import torch
+from google.protobuf import descriptor_pool
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -133,6 +134,14 @@ every_method = pytest.mark.parametrize("name", CASES)
 same_every_time = settings(
     max_examples=30, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_no_method_of_any_server_is_left_out(target: FuzzTarget) -> None:
+    served = {service for server in target.cluster.servers for service in server.service.mounts}
+    methods = {
+        method.full_name for name in served for method in descriptor_pool.Default().FindServiceByName(name).methods
+    }
+    assert methods == {f"safelight.v1.{case.method.replace('/', '.')}" for case in CASES.values()}
 
 
 def check(target: FuzzTarget, server: str, method: str, request: bytes) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-# A pass that hiccuped, or the first of a new size, is outvoted; a device that has become slower is believed after 3.
+# A pass that hiccuped is outvoted; a device that has become slower is believed after 3.
 _WINDOW = 5
 TRUSTED_SAMPLES = 3
 # A pass can take longer than its size explains, but not less: so much faster, and what was known is out of date.
@@ -38,6 +38,9 @@ class _Curve:
 
     def record(self, rows: int, seconds: float) -> None:
         if rows not in self.samples:
+            if self.sizes and rows > self.sizes[0]:
+                # The first pass of a size also wakes libraries up: it counts for no more than the known ones say.
+                seconds = min(seconds, self.seconds(rows))
             self.samples[rows] = deque(maxlen=_WINDOW)
             self.sizes = sorted(self.samples)
         elif seconds < _FASTER * self.medians[rows]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from bench.synthetic_device import DeviceCurve, published_curve
@@ -32,7 +32,7 @@ class VirtualDevice:
         weights: Mapping[str, float] | None = None,
         costs: StepCosts | None = None,
     ) -> None:
-        self.costs = known(curve, max_rows) if costs is None else costs
+        self.costs = known(curve, range(1, max_rows + 1)) if costs is None else costs
         self.scheduler = StepScheduler[str](SchedulerLimits(max_running, max_rows, 1000), self.costs, weights)
         self.curve = curve
         self.now = 0.0
@@ -84,10 +84,10 @@ class VirtualDevice:
         return self.took[name] / self.solo_seconds(name)
 
 
-def known(curve: DeviceCurve, max_rows: int, key: Hashable = KEY) -> StepCosts:
-    """A cost curve that has been measured at every size."""
+def known(curve: DeviceCurve, sizes: Iterable[int], key: Hashable = KEY) -> StepCosts:
+    """A cost curve that has been measured at these sizes."""
     costs = StepCosts()
-    for rows in range(1, max_rows + 1):
+    for rows in sizes:
         for _ in range(3):
             costs.record(key, rows, curve(rows))
     return costs

