@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from safelight.errors import OutOfMemoryError, TensorCorruptError
 from safelight.tensors import byte_size, check_size
-from safelight.v1 import tensor_exchange_service_pb2 as pb
-from safelight.v1.tensor_exchange_service_pb2_grpc import TensorExchangeServiceStub
-from safelight.v1.tensor_pb2 import TensorLease, TensorRef
+from safelight.v1.tensor_pb2 import TensorRef
 from services.common.channels import ChannelPool
 from services.common.exchange.buffer_pool import BufferPool
 from services.common.exchange.chunk_messages import CHUNK_BYTES
@@ -26,7 +24,6 @@ IDLE_BUFFER_BYTES = 256 * 1024 * 1024
 """Most memory that a reader keeps for tensors to come."""
 SHARED_READS = 4
 """Most at once: more would not be faster, and holders that are frozen leave threads for other work."""
-_RELEASE_SECONDS = 5.0
 
 _log = logging.getLogger("safelight.exchange")
 
@@ -43,7 +40,6 @@ class TensorReader:
 
     def __init__(self, store: TensorStore, channels: ChannelPool, max_tensor_bytes: int, metrics: Metrics) -> None:
         self._store = store
-        self._channels = channels
         self._max_tensor_bytes = max_tensor_bytes
         self._metrics = metrics
         self._buffers = BufferPool(IDLE_BUFFER_BYTES)
@@ -75,17 +71,6 @@ class TensorReader:
             self._metrics.tensor_bytes.labels("local").inc(size)
             return payload
         return await self._fetch(ref, size, field)
-
-    async def release(self, refs: Sequence[TensorRef]) -> None:
-        """Tell the holders that these tensors are done with; a holder that is gone has nothing left to release."""
-        leases = [ref.lease for ref in refs if ref.WhichOneof("location") == "lease"]
-        self._store.release(lease.ticket for lease in leases if lease.exchange_id == self._store.exchange_id)
-        remote = [lease for lease in leases if lease.exchange_id != self._store.exchange_id]
-        calls = [
-            self._stub(lease).Release(pb.ReleaseRequest(tickets=[lease.ticket]), timeout=_RELEASE_SECONDS)
-            for lease in remote
-        ]
-        await asyncio.gather(*calls, return_exceptions=True)
 
     def _inline(self, ref: TensorRef, field: str) -> Payload:
         with _naming(field):
@@ -129,9 +114,6 @@ class TensorReader:
         _log.info("no tensor through shared memory: %s", reason, extra={"endpoint": ref.lease.endpoint})
         self._metrics.shared_memory_fallbacks.inc()
         return False
-
-    def _stub(self, lease: TensorLease) -> TensorExchangeServiceStub:
-        return TensorExchangeServiceStub(self._channels.get(lease.endpoint))
 
 
 def _matches(ref: TensorRef, received: bytes) -> bool:

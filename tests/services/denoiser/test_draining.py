@@ -78,10 +78,13 @@ async def test_a_running_request_leaves_with_a_checkpoint_and_goes_on_elsewhere_
 
 
 async def test_a_waiting_request_leaves_without_a_step_and_a_checkpoint(tiny_manifest: str) -> None:
-    async with draining_denoiser(tiny_manifest, max_running=1) as denoiser:
-        running = denoiser.stub.Denoise(denoise_request(steps=30))
+    request = exact(denoise_request(steps=1000))  # shares no pass, and is not overdue before all this is over
+    first = with_checkpoints(request, every_steps=1)
+    first.context.priority = 100
+    async with draining_denoiser(tiny_manifest) as denoiser:
+        running = denoiser.stub.Denoise(first)
         await until_step(running, 2)
-        waiting = denoiser.stub.Denoise(with_checkpoints(denoise_request(seed=1), every_steps=1))
+        waiting = denoiser.stub.Denoise(with_checkpoints(request, every_steps=1))
         await until_step(waiting, 0)
         stopping = asyncio.create_task(denoiser.server.stop())
         (events, error), (_, other) = await asyncio.gather(rest(waiting), rest(running))

@@ -210,6 +210,6 @@ async def test_a_header_changed_on_the_way_is_refused_in_process_too(shape: list
 async def test_a_released_tensor_can_t_be_read() -> None:
     store, reader = exchange()
     ref = await put(store, torch.rand(LARGE))
-    await reader.release([ref])
+    store.release([ref.lease.ticket])
     with pytest.raises(LeaseExpiredError):
         await read_tensor(reader, ref, "latents")

@@ -61,7 +61,7 @@ async def test_more_readers_than_slots_get_the_same_bytes_by_either_way(start_sh
 async def test_a_released_tensor_is_a_lease_that_has_expired(start_sharing: StartSharingStage) -> None:
     maker, taker = await start_sharing(), await start_sharing()
     _, ref = await maker.put(MIB)
-    await taker.reader.release([ref])
+    maker.store.release([ref.lease.ticket])
     with pytest.raises(LeaseExpiredError):
         await taker.reader.read(ref, "latents")
 
