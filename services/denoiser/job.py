@@ -70,6 +70,7 @@ class DenoiseJob:
         deadline: `time.monotonic()` after which the result is worthless; None: never.
         tenant: whose share of the device its steps count against.
         priority: higher goes first among the work of one tenant.
+        resumed: it goes on from a checkpoint.
         exact: every row gets a forward pass of its own, so that company never changes a bit.
         checkpoints: when to make checkpoints; None: never.
         preview_every: steps between previews; 0: none.
@@ -90,6 +91,7 @@ class DenoiseJob:
     deadline: float | None = None
     tenant: str = ""
     priority: int = 0
+    resumed: bool = False
     exact: bool = False
     checkpoints: CheckpointPace | None = None
     preview_every: int = 0

@@ -94,6 +94,7 @@ class DenoiseLoop:
             priority=job.priority,
             deadline=job.deadline,
             alone=job.exact,
+            resumed=job.resumed,
         )
         position = self._scheduler.add(needs, time.monotonic())
         self._jobs.add(job)

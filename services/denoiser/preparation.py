@@ -103,6 +103,7 @@ class Preparation:
             deadline=deadline,
             tenant=request.context.tenant,
             priority=request.context.priority,
+            resumed=request.HasField("resume_from"),
             exact=request.determinism == DETERMINISM_CLASS_EXACT,
             checkpoints=self._pace(request, state),
             preview_every=request.preview.every_steps,

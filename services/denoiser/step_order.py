@@ -1,12 +1,13 @@
 """Who goes first: deadlines, then fair shares of the tenants, then priorities, then age. Pure.
 
-1. Urgent: requests whose deadline is near and can still be met, the earliest deadline first. A tenant is heard so only
+1. The first step here of requests that another replica has lost: they have waited for it already.
+2. Urgent: requests whose deadline is near and can still be met, the earliest deadline first. A tenant is heard so only
    while it is not ahead of its share by more than this request, so tight deadlines move work forward and earn no more
    of it.
-2. The others, tenant by tenant as their shares allow; within a tenant the higher priority, then the earlier due time.
+3. The others, tenant by tenant as their shares allow; within a tenant the higher priority, then the earlier due time.
    A request is due by its deadline, but no later than three times its own duration after its arrival: so the oldest is
    first, but a short one overtakes a long one. Last come those whose deadlines are given up (`deadlines.py`).
-3. Hopeless: requests that would miss their deadline though they ran by themselves from now on. They fill rows that
+4. Hopeless: requests that would miss their deadline though they ran by themselves from now on. They fill rows that
    nobody else wants, and so drag nobody down with them.
 """
 
@@ -91,17 +92,24 @@ def in_order(
         shared_pass: seconds of a well filled pass, by batch key.
         lost: requests whose deadlines have been given up.
     """
+    interrupted: list[Standing[Request]] = []
     urgent: list[Standing[Request]] = []
     others: list[Standing[Request]] = []
     hopeless: list[Standing[Request]] = []
     for standing in standings:
-        is_urgent = standing.work not in lost and standing.is_urgent(shares)
-        where = hopeless if standing.is_hopeless else urgent if is_urgent else others
-        where.append(standing)
+        if standing.work.is_interrupted:
+            interrupted.append(standing)
+        elif standing.is_hopeless:
+            hopeless.append(standing)
+        elif standing.work not in lost and standing.is_urgent(shares):
+            urgent.append(standing)
+        else:
+            others.append(standing)
     urgent.sort(key=lambda standing: standing.deadline)
     others.sort(key=lambda each: (each.work in lost, *_rank(each, shared_pass[each.work.needs.batch_key])))
     hopeless.sort(key=lambda standing: standing.deadline)
-    return [*urgent, *_by_share(others, urgent, shares), *hopeless]
+    first = interrupted + urgent
+    return [*first, *_by_share(others, first, shares), *hopeless]
 
 
 def _rank(standing: Standing[Request], shared_pass: float) -> tuple[int, bool, bool, float]:

@@ -24,6 +24,7 @@ class StepNeeds(Generic[Request]):
         priority: higher goes first among the work of one tenant.
         deadline: seconds, on the clock of the scheduler's `now`, after which the result is worthless; None: never.
         alone: shares a forward pass with nobody, and its own rows run one by one.
+        resumed: it has taken steps at another replica, which was lost.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class StepNeeds(Generic[Request]):
     priority: int = 0
     deadline: float | None = None
     alone: bool = False
+    resumed: bool = False
 
 
 @dataclass(eq=False)
@@ -53,6 +55,11 @@ class StepWork(Generic[Request]):
     left: int
     started: bool = False
     spilled: bool = False
+
+    @property
+    def is_interrupted(self) -> bool:
+        """It has taken steps elsewhere, and none since."""
+        return self.needs.resumed and not self.started
 
     def step_seconds(self, costs: StepCosts) -> float:
         """Seconds of one of its steps when nobody shares it."""

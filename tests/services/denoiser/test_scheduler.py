@@ -278,6 +278,22 @@ def test_a_request_without_a_deadline_ends_though_deadlines_never_cease() -> Non
     assert device.stretch("patient") <= 20.0
 
 
+@CURVES
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_request_that_another_replica_has_lost_takes_its_first_step_here_at_once(
+    curve: DeviceCurve, alone: bool
+) -> None:
+    device = VirtualDevice(curve=curve, max_rows=2)
+    for number in range(8):
+        device.add(f"there {number}", steps=4, alone=alone, deadline=1000.0, priority=9)
+    device.step()
+    device.add("new", steps=20, alone=alone)
+    device.add("resumed", steps=20, alone=alone, resumed=True)
+    assert "resumed" in device.step()
+    device.run(passes=8)
+    assert device.steps_done["resumed"] == 1
+
+
 def test_a_low_priority_ends_though_higher_ones_never_cease() -> None:
     device = VirtualDevice(curve=linear_curve)
     device.add("low", steps=10)
