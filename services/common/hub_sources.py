@@ -14,7 +14,7 @@ from typing import TypeVar
 from safelight.errors import DownloadError, InvalidRequestError
 from safelight.hub import Snapshot, fetch_model, open_snapshot
 from services.common.manifest import HubSource, ModelEntry, Part, WeightsPath
-from services.common.weight_files import preferred_weights
+from services.common.weight_files import FOLDER_FILES, preferred_weights
 
 _log = logging.getLogger("safelight.hub_sources")
 
@@ -92,8 +92,20 @@ def _fetch(source: HubSource, stage: str, *, local_only: bool) -> WeightsPath:
         return _fetch_folder(snapshot, _files_of_stage(names, stage))
     if "config.json" in names:
         return _fetch_folder(snapshot, _files_of_network(names, ""))
-    paths = snapshot.fetch([file for file in snapshot.files if file.path in preferred_weights(names)])
-    return tuple(map(str, paths))
+    weights = _weights_at_top(source, names)
+    return tuple(str(path) for path in snapshot.fetch([file for file in snapshot.files if file.path in weights]))
+
+
+def _weights_at_top(source: HubSource, names: Sequence[str]) -> list[str]:
+    """The weights of a repository that is no folder in the diffusers layout: one file, or the shards of one."""
+    files = [name for name in names if "/" not in name]
+    weights = preferred_weights(files)
+    if len(weights) != 1 and not set(FOLDER_FILES) & set(files):
+        raise DownloadError(
+            f"{source.model} at {source.hub} holds {', '.join(weights) or 'no safetensors'}: name the file as the "
+            "source's 'path'"
+        )
+    return weights
 
 
 def _fetch_folder(snapshot: Snapshot, names: Sequence[str]) -> str:

@@ -45,7 +45,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelScopeH
         {
             "acme/folder": {"master": FOLDER, "v1": FOLDER},
             "acme/vae": {"master": {"config.json": b"{}", "model.safetensors": b"v", "model.bin": b"v"}},
-            "acme/file": {"master": {"README.md": b"#", "vae.safetensors": b"v"}},
+            "acme/file": {"master": {"README.md": b"#", "vae.safetensors": b"v", "more/a.safetensors": b"a"}},
+            "acme/files": {"master": {"a.safetensors": b"a", "b.safetensors": b"b"}},
+            "acme/none": {"master": {"model.bin": b"a"}},
+            "acme/shards": {
+                "master": dict.fromkeys(
+                    ("model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors"), b"a"
+                )
+            },
         }
     )
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
@@ -110,6 +117,18 @@ def test_a_repository_of_one_file_needs_no_name_for_it(hub: ModelScopeHub) -> No
     assert asked(hub) == {"vae.safetensors"}
 
 
+def test_a_repository_of_one_checkpoint_in_shards_needs_no_names(hub: ModelScopeHub) -> None:
+    entry = fetch_sources(ModelEntry(name="a", source=HubSource(model="acme/shards")), "decoder", from_hub=True)
+    assert [path.name for path in entry.paths] == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+
+
+@pytest.mark.parametrize(("model", "held"), [("acme/files", "a.safetensors, b.safetensors"), ("acme/none", "no safe")])
+def test_of_several_checkpoints_or_none_a_name_is_asked_for(hub: ModelScopeHub, model: str, held: str) -> None:
+    with pytest.raises(DownloadError, match=f"^model 'a': {model} at modelscope holds {held}.*: name the file"):
+        fetch_sources(ModelEntry(name="a", source=HubSource(model=model)), "decoder", from_hub=True)
+    assert not hub.asked
+
+
 def test_a_part_s_source_is_fetched_by_its_stage_alone(hub: ModelScopeHub) -> None:
     entry = ModelEntry(
         name="a",
@@ -137,7 +156,10 @@ def test_a_model_s_own_source_is_not_fetched_where_the_stage_s_part_is_elsewhere
 
 
 def test_what_can_not_be_fetched_is_named_with_the_model(hub: ModelScopeHub) -> None:
-    for model, sentence in (("acme/none", "acme/none at modelscope: not found"), ("none/of/these", "model_uri: is")):
+    for model, sentence in (
+        ("acme/absent", "acme/absent at modelscope: not found"),
+        ("none/of/these", "model_uri: is"),
+    ):
         entry = ModelEntry(name="a", source=HubSource(model=model, path="x.safetensors"))
         with pytest.raises(DownloadError, match=f"^model 'a': {sentence}"):
             fetch_sources(entry, "decoder", from_hub=True)
