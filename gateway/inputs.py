@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
@@ -17,8 +18,6 @@ from services.common.picture_files import PictureError, picture_size
 from services.common.validation import check_range
 
 MAX_FILE_BYTES = 3 * 1024**2
-MIN_PIXELS = 64
-"""Shortest side of a picture."""
 _STRENGTH, _STRENGTH_WITH_MASK = 0.8, 1.0
 
 
@@ -103,16 +102,6 @@ def with_size_of_picture(request: GenerateRequest, model: ModelDescription) -> G
     sized.width, sized.height = request.width or width, request.height or height
     _check_drawable(sized, own, model)
     return sized
-
-
-def size_multiple(model: ModelDescription) -> int:
-    """Pixels that a width and a height must be multiples of."""
-    return model.decoder.scale_factor * max(model.denoiser.latent_multiple, 1)
-
-
-def largest_area(model: ModelDescription) -> int:
-    """Most pixels that a picture may have."""
-    return model.denoiser.max_latent_area * model.decoder.scale_factor**2
 
 
 def _size(index: int, given: MediaInput) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from gateway.inputs import MIN_PIXELS, input_violations, largest_area, size_multiple
+from gateway.inputs import input_violations
+from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from safelight import AsyncClient, GeneratedImage, Progress
+from safelight import AsyncClient, GeneratedImage, GenerationOptions, GenerationResult, Progress
 from services.common.exchange import tensor_store
+from services.common.server import Server
 from tests.support.cluster import Cluster, run_cluster
 
 PROMPT, NEGATIVE, SEED, STEPS = "a photograph of an astronaut riding a horse", "blurry", 1234, 10
@@ -180,3 +182,34 @@ async def test_a_receipt_names_the_files_that_it_takes(tiny_manifest: str) -> No
         "image": hashlib.sha256(file.getvalue()).hexdigest(),
         "mask": hashlib.sha256(mask.getvalue()).hexdigest(),
     }
+
+
+def at_work(servers: Sequence[Server], gauge: str, **labels: str) -> Server:
+    """The server of a stage whose gauge is not 0."""
+    (found,) = [server for server in servers if server.metrics.registry.get_sample_value(gauge, labels)]
+    return found
+
+
+async def test_a_lost_denoiser_and_a_lost_picture_change_no_bit(
+    tiny_manifest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_store, "MAX_INLINE_BYTES", 256)
+    options = GenerationOptions(
+        prompt=PROMPT, image=photograph(), mask=left_half(), steps=40, seed=1, determinism="exact", sampler="dpmpp_2m"
+    )
+    async with run_cluster(tiny_manifest, denoisers=2, decoders=2, gateway={"checkpoint_steps": 1}) as cluster:
+        *_, whole = [event async for event in client_of(cluster).stream(options)]
+        await cluster.until("safelight_leases", 0)
+        events = []
+        async for event in client_of(cluster).stream(options):
+            events.append(event)
+            if isinstance(event, Progress) and (event.stage, event.step) == ("denoiser", 10):
+                await at_work(cluster.decoders, "safelight_leases").stop()
+                await at_work(cluster.denoisers, "safelight_running", stage="denoiser").stop()
+    result = events[-1]
+    assert isinstance(whole, GenerationResult)
+    assert isinstance(result, GenerationResult)
+    assert result.images[0].data == whole.images[0].data
+    stages = [stage.stage for stage in result.images[0].stages]
+    assert (stages.count("denoiser"), stages[-1]) == (2, "decoder")
+    assert stages.count("decoder") >= 3

@@ -125,7 +125,8 @@ class AsyncClient:
         if idempotency_key == "":
             raise InvalidRequestError.of("idempotency_key", "is empty; give a name, or None for one of its own")
         key = idempotency_key if idempotency_key is not None else uuid.uuid4().hex
-        request = to_request(options, idempotency_key=key, timeout_seconds=timeout_seconds)
+        # In a thread: a picture may have to be read or compressed.
+        request = await asyncio.to_thread(to_request, options, idempotency_key=key, timeout_seconds=timeout_seconds)
         attachment = Attachment(self._link, request, Retries(self._retry, timeout_seconds))
         self._attachments.add(attachment)
         try:
