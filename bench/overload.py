@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -130,13 +129,6 @@ async def measure_unloaded(endpoint: str, seconds: float, steps: int) -> tuple[f
     return len([drawn(drawing) for drawing in drawings]) / (time.monotonic() - started), statistics.median(alone)
 
 
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
-
-
 @dataclass(frozen=True)
 class Report:
     """Phases in turns: at the capacity (images a second), and at twice of it."""
@@ -157,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         def phase(offered: float, seed: int) -> Phase:
             started = time.monotonic()
             outcomes = asyncio.run(run_phase(endpoint, offered, seconds, steps, alone, seed))
-            memory = resident_mib(deployment.gateway.process.pid)
+            memory = deployment.gateway.resident_bytes / 2**20
             return Phase(offered, time.monotonic() - started, outcomes, memory)
 
         capacity = phase(_SATURATION * rate, 0).goodput

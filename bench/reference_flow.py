@@ -54,11 +54,11 @@ async def _draw(gateway: ServerProcess, stages: Mapping[str, Server], tensor_byt
     async with AsyncClient(gateway.address) as client:
         for seed in range(_WARM_UP_PICTURES):
             await client.generate("a cat", seed=seed)
-        moved_before, before = _moved(stages), _resident_bytes(gateway)
+        moved_before, before = _moved(stages), gateway.resident_bytes
         most = before
         for seed in range(pictures):
             await client.generate("a cat", seed=seed)
-            most = max(most, _resident_bytes(gateway))
+            most = max(most, gateway.resident_bytes)
     return Flow(tensor_bytes, _moved(stages) - moved_before, before, most)
 
 
@@ -70,11 +70,6 @@ def _moved(stages: Mapping[str, Server]) -> float:
         for path in ("shared", "stream")
     )
     return sum(sample or 0.0 for sample in samples)
-
-
-def _resident_bytes(server: ServerProcess) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
 def main() -> None:

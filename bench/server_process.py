@@ -95,6 +95,12 @@ class ServerProcess:
         self.process.terminate()
         return self.process.wait(limit_seconds)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Its resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+
     def total(self, sample_name: str, **labels: str) -> float:
         """Sum of the samples of a metric that have the labels, as Prometheus would scrape them now.
 
