@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from services.modeling.mapped_memory import release_mapped
+
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = 448.0
 _MIN_MATRIX_ELEMENTS = 2**12  # less would save less than its scales and one kernel more cost
@@ -62,7 +64,9 @@ def store_as_float8(network: nn.Module, dtype: torch.dtype, exempt: Iterable[nn.
         if layer in kept or layer.weight.numel() < _MIN_MATRIX_ELEMENTS:
             layer.to(dtype)
         else:
+            loaded = layer.weight
             parametrize.register_parametrization(layer, "weight", Float8Weight(dtype), unsafe=True)
+            release_mapped(loaded)
     network.requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Protocol, TypeGuard, cast, runtime_checkable
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.modeling.float8 import is_stored_as_float8
+from services.modeling.mapped_memory import release_mapped
 from services.modeling.packing import (
     ConvGeometry,
     can_pack,
@@ -20,7 +22,7 @@ from services.modeling.packing import (
     packed_conv2d,
     packed_linear,
 )
-from services.modeling.winograd import Tiles, pack_tiles, tiled_conv2d
+from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_conv2d
 
 _UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
 # Narrower convolutions are left to torch. oneDNN's blocks for them depend on the size of the picture, and a weight in
@@ -36,6 +38,17 @@ class Packable(Protocol):
 
     def pack(self) -> None:
         """Do so."""
+        ...
+
+
+@runtime_checkable
+class Tileable(Packable, Protocol):
+    """A convolution that `pack` may give tiles beside its weight: faster, and nearly twice as large again."""
+
+    may_tile: bool
+
+    def tile_bytes(self) -> int:
+        """What the tiles take; 0: the layer has no use for them."""
         ...
 
 
@@ -113,6 +126,7 @@ class Conv2d(nn.Conv2d):
     """
 
     __call__: Callable[..., Tensor]
+    may_tile = True
     _matrix: Tensor | None = None
     _tiles: Tiles | None = None
 
@@ -133,14 +147,16 @@ class Conv2d(nn.Conv2d):
             self._matrix = pack_linear_weight(self.weight.flatten(1))
         elif min(self.in_channels, self.out_channels) < _MIN_PACKED_CHANNELS:
             self.weight = _frozen(self.weight.contiguous(memory_format=torch.channels_last))
-        elif self._can_be_tiled():
+        elif self.may_tile and self.tile_bytes():
             self._tiles = pack_tiles(self.weight)
         else:
             self.weight = _frozen(pack_conv2d_weight(self.weight, self._geometry()))
 
-    def _can_be_tiled(self) -> bool:
+    def tile_bytes(self) -> int:
+        """What the tiles of a wide 3 x 3 kernel in float32 take; 0 for another."""
+        is_wide = min(self.in_channels, self.out_channels) >= _MIN_PACKED_CHANNELS
         is_plain = self.kernel_size == (3, 3) and self._geometry() == ((1, 1), (1, 1), (1, 1), 1)
-        return is_plain and self.weight.dtype == torch.float32
+        return bytes_of_tiles(self.weight) if is_wide and is_plain and self.weight.dtype == torch.float32 else 0
 
     def _geometry(self) -> ConvGeometry:
         padding = cast(tuple[int, int], self.padding)  # no layer of ours says "same"
@@ -198,12 +214,22 @@ def phase_kernels(weight: Tensor) -> list[Tensor]:
     return list(kernels.permute(0, 1, 2, 5, 3, 4).flatten(0, 1))
 
 
-def pack_weights(module: nn.Module) -> None:
-    """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice."""
+def pack_weights(module: nn.Module, budget_bytes: int | None = None) -> None:
+    """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice.
+
+    budget_bytes: of all weights; what it leaves beyond their own bytes goes to tiles. None: no bound.
+    """
+    spare = math.inf if budget_bytes is None else budget_bytes - sum(each.nbytes for each in module.parameters())
     # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
     for layer in module.modules():
-        if _packs(layer) and can_pack(layer.weight.device.type, layer.weight.dtype):
-            layer.pack()
+        if not _packs(layer) or not can_pack(layer.weight.device.type, layer.weight.dtype):
+            continue
+        if isinstance(layer, Tileable):
+            layer.may_tile = layer.tile_bytes() <= spare
+            spare -= layer.may_tile * layer.tile_bytes()
+        loaded = layer.weight
+        layer.pack()
+        release_mapped(loaded)
 
 
 def _packs(layer: nn.Module) -> TypeGuard[Packable]:

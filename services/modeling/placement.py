@@ -43,7 +43,12 @@ class Placement:
     @property
     def loading_device(self) -> torch.device:
         """Where weights are loaded before they are placed: as a whole they may be too large for the device."""
-        return self.device if self.residency == RESIDENT and not self.float8 else torch.device("cpu")
+        return torch.device("cpu") if self.float8 or self.offloads else self.device
+
+    @property
+    def offloads(self) -> bool:
+        """Whether not all weights are always on the device."""
+        return self.device.type != "cpu" and self.residency != RESIDENT
 
 
 class PlacedWeights(Protocol):
@@ -77,12 +82,13 @@ class ResidentWeights:
 def placement_of(part: Part, device: torch.device, half: torch.dtype = torch.float16) -> Placement:
     """What the manifest asks for a network, of a family with this half precision (`resolve_dtype`).
 
-    Where a CPU computes, nothing is offloaded: the weights are there.
+    Where a CPU computes, nothing is offloaded: the weights are there. A budget says there how much memory their packed
+    forms may take.
     """
     residency = _residency(part)
-    if device.type == "cpu" and residency != RESIDENT:
+    if device.type == "cpu" and residency.leaves_when_idle:
         _log.warning("on a CPU there is nothing to offload weights from: they stay")
-        residency = RESIDENT
+        residency = Residency(budget_bytes=part.memory_budget)
     dtype = resolve_dtype(part.dtype, device, half)
     return Placement(device=device, dtype=dtype, float8=part.dtype == FLOAT8, residency=residency)
 
@@ -114,11 +120,11 @@ def place(
     if placement.float8:
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
-    if placement.residency != RESIDENT:
+    if placement.offloads:
         return Placed(network, placement, OffloadedWeights(blocks, placement.residency, transfer_to(placement.device)))
     network.to(placement.device)
     weights = ResidentWeights(network)
-    pack_weights(network)
+    pack_weights(network, placement.residency.budget_bytes)
     return Placed(network, placement, weights)
 
 

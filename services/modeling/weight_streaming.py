@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from services.modeling.mapped_memory import release_mapped
 from services.modeling.residency import Residency, ResidencyPlan, plan_residency
 from services.modeling.weight_transfer import Moment, Transfer
 
@@ -80,7 +81,9 @@ class FlatWeights:
     def move(self, memory: Tensor) -> None:
         """Copy the parameters there, for good."""
         for parameter, view in zip(self._parameters, self._views(memory), strict=True):
-            parameter.data = view.copy_(parameter.data)
+            loaded = parameter.data
+            parameter.data = view.copy_(loaded)
+            release_mapped(loaded)
 
     def show(self, memory: Tensor) -> None:
         """Make the parameters those that lie there."""

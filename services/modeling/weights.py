@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from safelight.errors import CheckpointError as CheckpointError
 from services.common.weight_files import FOLDER_FILES
 from services.modeling.gguf_file import GgufFile
+from services.modeling.mapped_memory import release_mapped
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 _SAMPLE_BYTES = 4096
@@ -199,6 +200,9 @@ def load_weights(
         parts = _read(checkpoint, sources[name])
         keeps = name in matrices and all(part.dtype == torch.float8_e4m3fn for part in parts)
         state[name] = _assemble(parts, target.shape, device, parts[0].dtype if keeps else dtype)
+        for part in parts:
+            if part.data_ptr() != state[name].data_ptr():
+                release_mapped(part)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
 

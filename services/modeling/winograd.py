@@ -28,6 +28,11 @@ def pack_tiles(weight: Tensor) -> Tiles:
     return [[pack_linear_weight(tile) for tile in row] for row in tiles]
 
 
+def bytes_of_tiles(weight: Tensor) -> int:
+    """What the tiles of a kernel [K, C, 3, 3] take: 16 places for 9."""
+    return weight.nbytes // 9 * 16
+
+
 def tiled_conv2d(x: Tensor, tiles: Tiles, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolution with stride and padding 1 (+ residual). x: [B, C, H, W] -> [B, K, H, W] in channels-last memory."""
     batch, _, height, width = x.shape

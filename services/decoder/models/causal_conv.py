@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.modeling.layers import TensorModule
-from services.modeling.winograd import Tiles, pack_tiles, tiled_conv2d
+from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_conv2d
 
 # Narrower convolutions in float32 are faster as they are: measured, docs/performance.md.
 _MIN_TILED_CHANNELS = 192
@@ -30,6 +30,7 @@ class CausalConv3d(TensorModule):
     Height and width are padded to stay as they are. x: [T, C_in, H, W] -> [T, C_out, H, W].
     """
 
+    may_tile = True
     _tiles: Sequence[Tiles] | None = None
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
@@ -51,13 +52,18 @@ class CausalConv3d(TensorModule):
 
     def pack(self) -> None:
         """A wide 3x3x3 kernel in float32 becomes three 3x3 ones, one a frame, with fewer products each."""
-        out_channels, in_channels, *kernel = self.weight.shape
-        is_wide = min(in_channels, out_channels) >= _MIN_TILED_CHANNELS
-        if kernel == [3, 3, 3] and is_wide and self.weight.dtype == torch.float32:
+        if self.may_tile and self.tile_bytes():
             self._tiles = [pack_tiles(frame_kernel) for frame_kernel in self.weight.unbind(dim=2)]
         else:
             weight = self.weight.contiguous(memory_format=torch.channels_last_3d)
             self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def tile_bytes(self) -> int:
+        """What the tiles of a wide 3x3x3 kernel in float32 take; 0 for another."""
+        out_channels, in_channels, *kernel = self.weight.shape
+        is_wide = min(in_channels, out_channels) >= _MIN_TILED_CHANNELS
+        is_tiled = kernel == [3, 3, 3] and is_wide and self.weight.dtype == torch.float32
+        return bytes_of_tiles(self.weight) if is_tiled else 0
 
     def _convolve_in_tiles(self, frames: Tensor, kernels: Sequence[Tiles]) -> Tensor:
         length = len(frames) - self._frames_before

@@ -1,0 +1,41 @@
+"""Pages of mapped files: given back once a tensor's bytes have been copied elsewhere.
+
+A page of a checkpoint that was read stays in the process's resident set, though the kernel could drop it at any time.
+Memory limits of containers count it, so a load that reads the whole file and keeps a converted copy would seem to take
+both. The kernel tells which memory is a mapped file; other memory is never touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")  # Linux; elsewhere nothing is given back
+_MADV_DONTNEED = 4
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Gives back the pages under a tensor's bytes, if they are a mapping of a file, to which nothing was written.
+
+    The tensor may be used on: its bytes are read again from the file then.
+    """
+    if tensor.device.type != "cpu" or tensor.is_mkldnn:
+        return
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop and _is_mapped_file(start, stop):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+
+def _is_mapped_file(start: int, stop: int) -> bool:
+    if not _MAPS.exists():
+        return False
+    for line in _MAPS.read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(address, 16) for address in span.split("-"))
+        if first <= start < last:
+            return stop <= last and inode != "0"
+    return False
