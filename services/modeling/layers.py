@@ -43,12 +43,12 @@ class Packable(Protocol):
 
 @runtime_checkable
 class Tileable(Packable, Protocol):
-    """A convolution that `pack` may give tiles beside its weight: faster, and nearly twice as large again."""
+    """A layer that `pack` may give another form beside its weight: faster, and nearly twice as large again."""
 
     may_tile: bool
 
     def tile_bytes(self) -> int:
-        """What the tiles take; 0: the layer has no use for them."""
+        """What the other form takes; 0: the layer has no use for one."""
         ...
 
 
@@ -171,6 +171,7 @@ class Upsample(TensorModule):
     sums of the 3x3 ones: 16 products instead of 36, and the repeated map never exists.
     """
 
+    may_tile = True
     _phases: Sequence[Tensor] | None = None
 
     def __init__(self, channels: int, out_channels: int | None = None) -> None:
@@ -185,8 +186,9 @@ class Upsample(TensorModule):
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """x: [B, C, H, W] -> [B, C_out, 2H, 2W], or [B, C_out, *size]."""
         batch, _, height, width = x.shape
-        if size is not None and tuple(size) != (2 * height, 2 * width):
-            return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
+        doubled = (2 * height, 2 * width)
+        if tuple(size or doubled) != doubled or (self._phases is None and self.weight.is_mkldnn):
+            return self.conv(F.interpolate(x, size=list(size or doubled), mode="nearest"))
         kernels = self._phases or phase_kernels(self.weight)
         padded = F.pad(x, (1, 1, 1, 1))
         out = x.new_empty((batch, 2 * height, 2 * width, self.conv.out_channels)).permute(0, 3, 1, 2)
@@ -197,11 +199,17 @@ class Upsample(TensorModule):
 
     def pack(self) -> None:
         """Computes the phases, and packs wide ones; the convolution itself is packed as any other."""
+        if not self.may_tile:
+            return
         kernels = phase_kernels(self.weight)
         if min(self.conv.in_channels, self.conv.out_channels) < _MIN_PACKED_CHANNELS:
             self._phases = [kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels]
         else:
             self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in kernels]
+
+    def tile_bytes(self) -> int:
+        """What the phases take."""
+        return self.weight.nbytes // 9 * 16
 
 
 def phase_kernels(weight: Tensor) -> list[Tensor]:
@@ -217,7 +225,7 @@ def phase_kernels(weight: Tensor) -> list[Tensor]:
 def pack_weights(module: nn.Module, budget_bytes: int | None = None) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice.
 
-    budget_bytes: of all weights; what it leaves beyond their own bytes goes to tiles. None: no bound.
+    budget_bytes: of all weights; what it leaves beyond their own bytes goes to faster forms. None: no bound.
     """
     spare = math.inf if budget_bytes is None else budget_bytes - sum(each.nbytes for each in module.parameters())
     # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.

@@ -109,6 +109,21 @@ def test_narrow_convolutions_are_left_to_torch(layer: Conv2d | Upsample) -> None
     assert not any(tensor.is_mkldnn for tensor in [made.weight, *(getattr(made, "_phases", None) or [])])
 
 
+@needs_packing
+@pytest.mark.parametrize(("spare", "tiled"), [(None, 3), (0, 0), (1, 1), (2, 2), (10, 3)])
+def test_a_budget_bounds_the_faster_forms_of_weights(spare: int | None, tiled: int) -> None:
+    """spare: what the budget leaves, in forms."""
+    network = nn.Sequential(*(Conv2d(32, 32, 3, padding=1) for _ in range(2)), Upsample(32)).requires_grad_(False)
+    x = input_of((2, 32, 6, 8))
+    expected = network(x)
+    weights, form = sum(each.nbytes for each in network.parameters()), 32 * 32 * 16 * 4
+    pack_weights(network, None if spare is None else weights + spare * form)
+    assert [getattr(layer, "_tiles", None) or getattr(layer, "_phases", None) for layer in network].count(
+        None
+    ) == 3 - tiled
+    torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_layers_that_cannot_be_packed_are_left_alone() -> None:
     layer = Linear(8, 8).to(torch.float64)
     pack_weights(layer)
