@@ -14,6 +14,8 @@ import sys
 _FULL = (
     ("bench.unet_step", "--dtype", "bfloat16", "--rounds", "5"),
     ("bench.unet_step", "--dtype", "float32", "--rounds", "3"),
+    ("bench.load_memory",),
+    ("bench.offload",),
     ("bench.vae_decode", "--dtype", "bfloat16", "--rounds", "3"),
     ("bench.split_overhead", "--rounds", "9"),
     ("bench.split_overhead", "--real-width", "--steps", "2", "--rounds", "3"),
@@ -28,6 +30,8 @@ _FULL = (
 )
 QUICK = (
     ("bench.unet_step", "--tiny", "--size", "128", "--rounds", "1"),
+    ("bench.load_memory", "--tiny"),
+    ("bench.offload", "--tiny", "--steps", "1"),
     ("bench.vae_decode", "--tiny", "--rounds", "1"),
     ("bench.split_overhead", "--steps", "2", "--rounds", "1"),
     ("bench.step_scheduling", "--requests", "50", "--seeds", "1"),

@@ -26,6 +26,7 @@ from torch import Tensor
 from bench.in_turns import Step, Timing, ratios, relative_error, summary, time_in_turns
 from services.denoiser.models.flux_dit import FluxDiT, load_flux_dit, to_tokens
 from services.modeling.components import resolve_dtype
+from services.modeling.placement import Placement, place
 from services.modeling.weights import open_checkpoint
 
 LATENT_SIDE, TEXT_TOKENS = 64, 512
@@ -151,7 +152,9 @@ def same_in_ours(theirs: FluxTransformer2DModel, dtype: torch.dtype) -> FluxDiT:
     """Our network with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return load_flux_dit(open_checkpoint(Path(folder)), theirs.config, device=torch.device("cpu"), dtype=dtype)
+        placement = Placement(device=torch.device("cpu"), dtype=dtype)
+        dit = load_flux_dit(open_checkpoint(Path(folder)), theirs.config, device=placement.device, dtype=dtype)
+    return place(dit, placement, dit.weight_blocks()).network
 
 
 def their_step(theirs: FluxTransformer2DModel, inputs: Inputs) -> Tensor:

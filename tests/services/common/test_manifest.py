@@ -15,6 +15,7 @@ from services.common.manifest import (
     ModelEntry,
     Part,
     load_manifest,
+    with_offload,
 )
 
 
@@ -105,6 +106,15 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
         ("models: [{name: a, path: b, encoder: {size: 1}}]", r"models\[0\]\.encoder: 'size' is not a field"),
         ("models: [{name: a, path: b, encoder: {dtype: 16}}]", r"models\[0\]\.encoder\.dtype: 16 must be a text"),
         ("models: [{name: a, path: b, decoder: {dtype: fp16}}]", r"decoder\.dtype: 'fp16' is not one of auto, float32"),
+        ("models: [{name: a, path: b, encoder: {offload: gpu}}]", r"encoder\.offload: 'gpu' is not one of none, cpu_"),
+        (
+            "models: [{name: a, path: b, encoder: {memory_budget: much}}]",
+            r"memory_budget: 'much' is not a size",
+        ),
+        (
+            "models: [{name: a, path: b, encoder: {offload: sequential_cpu_offload, memory_budget: 1GiB}}]",
+            r"encoder\.memory_budget: sequential_cpu_offload keeps nothing on the GPU",
+        ),
         ("models: [{name: a, path: b, defaults: 4}]", r"models\[0\]\.defaults: must be a mapping"),
         ("models: [{name: a, path: b, defaults: {stepps: 4}}]", r"defaults: 'stepps' is not a field"),
         ("models: [{name: a, path: b, defaults: {steps: 0}}]", r"defaults\.steps: 0 must be a whole number"),
@@ -146,3 +156,14 @@ def test_a_default_that_the_model_takes_not_is_refused() -> None:
     entry = ModelEntry(name="a", path="b", defaults={"distilled_scale": 2.0})
     with pytest.raises(ManifestError, match=r"model 'a': defaults\.distilled_scale: the model takes none"):
         entry.defaults_over(Defaults(steps=20, guidance_scale=7.5))
+
+
+def test_a_network_is_offloaded_as_it_says_else_as_its_stage_s_part_says_else_as_the_setting_says(file: Path) -> None:
+    file.write_text("models: [{name: a, path: b, encoder: {offload: cpu_offload, parts: {t5: {memory_budget: 6GiB}}}}]")
+    (entry,) = with_offload(load_manifest(str(file)), "sequential_cpu_offload", None)
+    parts = entry.encoder.part("t5"), entry.encoder.part("clip_l"), entry.denoiser
+    assert [(part.offload, part.memory_budget) for part in parts] == [
+        ("", 6 * 2**30),
+        ("cpu_offload", None),
+        ("sequential_cpu_offload", None),
+    ]

@@ -58,11 +58,18 @@ class Running:
     def __init__(self, max_running: int) -> None:
         self.engine, self.metrics, self.executor = GatedEngine(), Metrics(), DeviceExecutor("test")
         scheduler = StepScheduler[DenoiseJob](SchedulerLimits(max_running, 8, 8), StepCosts())
-        self.idle = 0
-        self.loop = DenoiseLoop(self.engine, scheduler, self.executor, self.metrics, self._on_idle)  # type: ignore[arg-type]
+        self.left = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self.loop = DenoiseLoop(
+            self.engine,  # type: ignore[arg-type]
+            scheduler,
+            self.executor,
+            self.metrics,
+            lambda: self._leave(loop),
+        )
 
-    def _on_idle(self) -> None:
-        self.idle += 1
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon_threadsafe(self.left.set)
 
     def steps(self, outcome: str) -> float:
         name, labels = "safelight_denoise_steps_total", {"model": "m", "outcome": outcome}
@@ -165,3 +172,16 @@ async def test_the_latents_of_a_request_that_yields_leave_the_device_when_there_
             assert isinstance(await told(urgent), StepDone)
         assert running.engine.spilled == [long]
         assert running.metrics.registry.get_sample_value("safelight_spilled_requests_total") == 1
+
+
+async def test_the_device_is_given_back_when_no_request_is_left() -> None:
+    async with running_loop() as running:
+        only = job(steps=2)
+        running.loop.submit(only)
+        await running.engine.begun.get()
+        running.left.clear()
+        running.engine.let_go(2)
+        assert isinstance(await told(only), StepDone)
+        assert not running.left.is_set()  # not between its steps
+        assert isinstance(await told(only), StepDone)
+        await asyncio.wait_for(running.left.wait(), 30)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from services.modeling.mapped_memory import release_mapped
+from services.modeling.weights import open_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
 
@@ -24,7 +24,7 @@ def resident_file_bytes() -> int:
 
 def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path: Path) -> None:
     save_file({"weight": torch.arange(2**23, dtype=torch.float32)}, tmp_path / "a.safetensors")
-    mapped = safe_open(tmp_path / "a.safetensors", framework="pt").get_tensor("weight")
+    mapped = open_checkpoint(tmp_path / "a.safetensors").tensor("weight")
     total = mapped.sum()
     before = resident_file_bytes()
     release_mapped(mapped)

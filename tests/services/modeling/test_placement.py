@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from services.common.manifest import ModelEntry, Part
 from services.decoder.models.autoencoder_kl import AutoencoderKL, AutoencoderKLParams, LatentScale
+from services.denoiser.models.flux_dit import FluxDiT
+from services.denoiser.models.flux_dit_params import FluxDiTParams
 from services.denoiser.models.sd_unet import SDUNet
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.encoder.models.sd15 import SD15Encoder
-from services.modeling.float8 import FLOAT8
+from services.encoder.models.t5 import T5TextEncoder
+from services.modeling.float8 import FLOAT8, store_as_float8
 from services.modeling.placement import Placement, place, placement_of
 from services.modeling.residency import RESIDENT, Residency
 from services.modeling.weight_streaming import OffloadedWeights, WeightBlock
 from services.modeling.weight_transfer import SynchronousTransfer
 
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
 
@@ -107,7 +113,7 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(params).requires_grad_(False)
 
 
-def offload(network: SDUNet | AutoencoderKL | nn.Module, blocks: list[WeightBlock], budget: int) -> OffloadedWeights:
+def offload(network: nn.Module, blocks: list[WeightBlock], budget: int) -> OffloadedWeights:
     residency = Residency(budget_bytes=budget, leaves_when_idle=True)
     return OffloadedWeights(blocks, residency, SynchronousTransfer(CPU))
 
@@ -147,6 +153,65 @@ def test_the_text_encoder_encodes_the_same_whatever_streams(tiny_sd15: Path, cli
     for _ in range(2):
         encoded = zip(encoder.encode(prompts, clip_skip), expected.encode(prompts, clip_skip), strict=True)
         assert all(torch.equal(one["prompt_embeds"], other["prompt_embeds"]) for one, other in encoded)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("float8", [False, True])
+def test_flux_s_transformer_predicts_the_same_whatever_streams(share: float, float8: bool) -> None:
+    dit, expected = tiny_dit(), tiny_dit()
+    if float8:
+        for each in (dit, expected):
+            store_as_float8(each, torch.float32, each.full_precision())
+    budget = int(share * sum(parameter.nbytes for parameter in dit.parameters()))
+    weights = offload(dit, dit.weight_blocks(), budget)
+    latents, embeds, pooled, one = torch.randn(1, 4, 4, 6), torch.randn(1, 5, 24), torch.randn(1, 12), torch.ones(1)
+    with torch.inference_mode():
+        for _ in range(2):
+            ours, theirs = (each(latents, one, each.prepare(embeds, pooled, one, (4, 6))) for each in (dit, expected))
+            assert torch.equal(ours, theirs)
+            weights.leave()
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_t5_encodes_the_same_whatever_streams(float8: bool) -> None:
+    t5, expected = tiny_t5(), tiny_t5()
+    if float8:
+        for each in (t5, expected):
+            store_as_float8(each, torch.float32)
+    offload(t5, t5.weight_blocks(), 0)
+    ids = torch.arange(14).view(2, 7)
+    for _ in range(2):
+        assert torch.equal(t5(ids), expected(ids))
+
+
+def tiny_dit() -> FluxDiT:
+    params = FluxDiTParams(
+        in_channels=16,
+        width=64,
+        heads=2,
+        double_blocks=2,
+        single_blocks=3,
+        context_width=24,
+        pooled_width=12,
+        distilled_guidance=True,
+        rope_channels=(8, 12, 12),
+    )
+    return seeded(FluxDiT(params))
+
+
+def tiny_t5() -> T5TextEncoder:
+    config = T5Config(
+        vocab_size=32, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return seeded(T5TextEncoder(T5EncoderModel(config).encoder.eval()))
+
+
+def seeded(network: AnyNetwork) -> AnyNetwork:
+    """The network with weights of which none is zero or one."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.requires_grad_(False).parameters():
+        parameter.uniform_(-0.3, 0.3, generator=generator)
+    return network
 
 
 def test_the_modulation_and_the_ends_of_the_unet_are_exempt() -> None:
