@@ -13,6 +13,7 @@ from services.common.manifest import ModelEntry
 from services.encoder.models.flux import FluxEncoder
 from services.encoder.models.sd15 import SD15Encoder
 from services.encoder.models.sdxl import SDXLEncoder
+from services.encoder.models.wan import WanEncoder
 from services.encoder.tokenization import TokenizedPrompt
 from services.modeling.placement import PlacedWeights
 
@@ -40,4 +41,5 @@ LOADERS: dict[str, Callable[[ModelEntry, torch.device], PromptEncoder]] = {
     "sd15": SD15Encoder.load,
     "sdxl": SDXLEncoder.load,
     "flux": FluxEncoder.load,
+    "wan": WanEncoder.load,
 }

@@ -1,25 +1,27 @@
-"""T5's encoder, version 1.1, as FLUX.1 uses it: token ids to one embedding per token.
+"""The encoders of T5, version 1.1, as FLUX.1 uses it, and of UMT5, as Wan does: token ids to one embedding per token.
 
-Paper: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
-https://arxiv.org/abs/1910.10683. The network is `transformers.T5EncoderModel`; here are its weights and its use.
+Papers: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+https://arxiv.org/abs/1910.10683; Chung et al. 2023, "UniMax", https://arxiv.org/abs/2304.09151 (UMT5, whose blocks have
+relative positions of their own). The networks are `transformers`'; here are their weights and their use.
 
 Shapes: B prompts, L tokens, D width.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
 _EMBEDDING = "embed_tokens.weight"
+_POSITIONS = "block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _BLOCK = re.compile(r"block\.(\d+)\.(.*)")
 _LAYERS_OF_LLAMA_CPP = {
     "layer.0.SelfAttention.q": "attn_q",
@@ -33,6 +35,18 @@ _LAYERS_OF_LLAMA_CPP = {
     "layer.1.DenseReluDense.wo": "ffn_down",
     "layer.1.layer_norm": "ffn_norm",
 }
+_LAYERS_OF_WAN = {
+    "layer.0.SelfAttention.q": "attn.q",
+    "layer.0.SelfAttention.k": "attn.k",
+    "layer.0.SelfAttention.v": "attn.v",
+    "layer.0.SelfAttention.o": "attn.o",
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.0.layer_norm": "norm1",
+    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+    "layer.1.DenseReluDense.wo": "ffn.fc2",
+    "layer.1.layer_norm": "norm2",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +55,36 @@ class Layout:
 
     embedding: of the tokens; copies of it, which other names of a file may hold, are left alone.
     prefix: of all names.
-    llama_cpp: the names of llama.cpp (GGUF) instead of transformers'.
+    block: `{}` is the number of a block.
+    layers: of a block, by transformers' names; what is missing is called the same.
+    final_norm: after the last block.
     """
 
     embedding: str
     prefix: str = ""
-    llama_cpp: bool = False
+    block: str = "encoder.block.{}"
+    layers: Mapping[str, str] = field(default_factory=dict)
+    final_norm: str = "encoder.final_layer_norm"
 
     def source(self, own: str) -> str:
         """The tensor of the checkpoint that is the encoder's parameter `own`."""
         if own == _EMBEDDING:
             return self.prefix + self.embedding
-        return self.prefix + (_name_in_llama_cpp(own) if self.llama_cpp else f"encoder.{own}")
+        found = _BLOCK.fullmatch(own)
+        if found is None:
+            return f"{self.prefix}{self.final_norm}.{own.rpartition('.')[2]}"
+        layer, _, kind = found[2].rpartition(".")
+        return f"{self.prefix}{self.block.format(found[1])}.{self.layers.get(layer, layer)}.{kind}"
 
 
 LAYOUTS = (
     Layout(embedding="shared.weight", prefix="text_encoders.t5xxl.transformer."),  # of ComfyUI's all-in-one files
     Layout(embedding="shared.weight"),
     Layout(embedding="encoder.embed_tokens.weight"),
-    Layout(embedding="token_embd.weight", llama_cpp=True),
+    Layout(
+        embedding="token_embd.weight", block="enc.blk.{}", layers=_LAYERS_OF_LLAMA_CPP, final_norm="enc.output_norm"
+    ),
+    Layout(embedding="token_embedding.weight", block="blocks.{}", layers=_LAYERS_OF_WAN, final_norm="norm"),
 )
 
 
@@ -73,9 +98,12 @@ class T5TextEncoder(nn.Module):
         self.vocabulary_size: int = stack.config.vocab_size
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Prompt embeddings [B, L, D] of `token_ids` [B, L], int64. Padding is attended to, as FLUX.1 was trained."""
-        embeddings: Tensor = self.stack(input_ids=token_ids).last_hidden_state
+    def forward(self, token_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Prompt embeddings [B, L, D] of `token_ids` [B, L], int64.
+
+        mask: [B, L], 1 for what is attended to; without one padding is, too, as FLUX.1 was trained.
+        """
+        embeddings: Tensor = self.stack(input_ids=token_ids, attention_mask=mask).last_hidden_state
         return embeddings
 
     def weight_blocks(self) -> list[WeightBlock]:
@@ -100,9 +128,10 @@ def load_t5(
     Raises CheckpointError for a layout or a tensor that does not fit.
     """
     layout = _find_layout(checkpoint)
+    options = dict(config or _config_from_shapes(checkpoint, layout))
     with torch.device("meta"):
         # Of its two names for one embedding only the stack's is loaded.
-        stack = T5EncoderModel(T5Config.from_dict(dict(config or _config_from_shapes(checkpoint, layout)))).encoder
+        stack = _network(options, is_umt5=layout.source(_POSITIONS.format(1)) in checkpoint).encoder
     sources = {name: (layout.source(name),) for name in stack.state_dict()}
     copies = {layout.prefix + name for name in ("shared.weight", "encoder.embed_tokens.weight")}
     load_weights(
@@ -111,6 +140,12 @@ def load_t5(
     if dtype == torch.float16:
         _keep_wide_sums(stack)
     return T5TextEncoder(stack.eval())
+
+
+def _network(options: Mapping[str, Any], *, is_umt5: bool) -> Any:
+    if is_umt5:
+        return UMT5EncoderModel(UMT5Config.from_dict(dict(options)))
+    return T5EncoderModel(T5Config.from_dict(dict(options)))
 
 
 def _keep_wide_sums(stack: nn.Module) -> None:
@@ -128,14 +163,6 @@ def _find_layout(checkpoint: Checkpoint) -> Layout:
     raise CheckpointError(f"{checkpoint} holds no T5 encoder: none of {', '.join(names)}")
 
 
-def _name_in_llama_cpp(own: str) -> str:
-    found = _BLOCK.fullmatch(own)
-    if found is None:
-        return f"enc.output_norm.{own.rpartition('.')[2]}"
-    layer, _, kind = found[2].rpartition(".")
-    return f"enc.blk.{found[1]}.{_LAYERS_OF_LLAMA_CPP[layer]}.{kind}"
-
-
 def _config_from_shapes(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     """The config of a file without one; what no shape tells is as in T5 1.1.
 
@@ -148,7 +175,7 @@ def _config_from_shapes(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any
         return checkpoint.shape(layout.source(own))
 
     vocabulary_size, width = shape(_EMBEDDING)
-    buckets, heads = shape("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    buckets, heads = shape(_POSITIONS.format(0))
     norms = (layout.source(f"block.{block}.layer.0.layer_norm.weight") for block in count())
     return {
         "vocab_size": vocabulary_size,

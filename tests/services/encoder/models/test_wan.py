@@ -1,0 +1,99 @@
+"""Wan's text conditioning against transformers' UMT5 with the same random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from safelight.errors import CheckpointError
+from services.common.manifest import Component, ModelEntry
+from services.encoder.models.t5 import LAYOUTS, load_t5
+from services.encoder.models.wan import UMT5_TOKENS, WanEncoder, cleaned
+from services.modeling.weights import open_checkpoint
+from tests.support.tiny_wan import save_tiny_wan
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red apple bouncing", "the cat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("wan") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> UMT5EncoderModel:
+    return UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> WanEncoder:
+    return WanEncoder.load(ModelEntry(name="tiny", path=str(folder), encoder=Component(dtype="float32")), CPU)
+
+
+@torch.inference_mode()
+def reference_embeds(folder: Path, reference: UMT5EncoderModel, prompt: str) -> Tensor:
+    """As Wan's own code: all 512 tokens computed, those after the end set to zero."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json"))
+    ids = [*tokenizer.encode(prompt, add_special_tokens=False), 1]
+    token_ids = torch.tensor([ids + [0] * (UMT5_TOKENS - len(ids))])
+    mask = (torch.arange(UMT5_TOKENS) < len(ids)).long()[None]
+    embeds: Tensor = reference(token_ids, mask).last_hidden_state
+    return embeds * mask[..., None]
+
+
+def embeds_of(encoder: WanEncoder, *prompts: str) -> list[Tensor]:
+    return [row["prompt_embeds"] for row in encoder.encode([encoder.tokenize(prompt) for prompt in prompts], 1)]
+
+
+def test_embeddings_equal_transformers_of_all_tokens(
+    folder: Path, reference: UMT5EncoderModel, encoder: WanEncoder
+) -> None:
+    for ours, prompt in zip(embeds_of(encoder, *PROMPTS), PROMPTS, strict=True):
+        theirs = reference_embeds(folder, reference, prompt)
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_prompt_does_not_depend_on_its_batch(encoder: WanEncoder) -> None:
+    for together, prompt in zip(embeds_of(encoder, *PROMPTS), PROMPTS, strict=True):
+        alone = embeds_of(encoder, prompt)[0]
+        assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_wans_own_names_load_to_the_same_weights(folder: Path, reference: UMT5EncoderModel, tmp_path: Path) -> None:
+    original, published = LAYOUTS[-1], LAYOUTS[1]
+    weights = reference.state_dict() | {"shared.weight": reference.shared.weight}
+    names = reference.encoder.state_dict()
+    tensors = {original.source(name): weights[published.source(name)].clone() for name in names}
+    assert "blocks.1.pos_embedding.embedding.weight" in tensors
+    assert "blocks.0.ffn.gate.0.weight" in tensors
+    save_file(tensors, tmp_path / "umt5.safetensors")
+    config = reference.config.to_dict()
+    loaded = [
+        load_t5(open_checkpoint(path), config, device=CPU, dtype=torch.float32)
+        for path in (tmp_path / "umt5.safetensors", folder / "text_encoder")
+    ]
+    ours, theirs = (encoder.state_dict() for encoder in loaded)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_prompt_is_cleaned_as_for_training() -> None:
+    assert cleaned("  a  \n cat &amp;amp; a dog’s “toy” ") == 'a cat & a dog\'s "toy"'
+
+
+def test_a_prompt_that_does_not_fit_is_cut_and_told(encoder: WanEncoder) -> None:
+    prompt = encoder.tokenize("a cat " * 300)
+    assert len(prompt.ids) == UMT5_TOKENS
+    assert prompt.cut_off.endswith("a cat")
+
+
+def test_a_missing_tokenizer_is_an_error_with_the_remedy(folder: Path) -> None:
+    entry = ModelEntry(name="tiny", path=str(folder), tokenizer=str(folder / "vae"))
+    with pytest.raises(CheckpointError, match="umt5-xxl"):
+        WanEncoder.load(entry, CPU)
