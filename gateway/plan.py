@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gateway.film import frame_count, latent_frames
 from gateway.inputs import InputFiles, input_digests, input_files, strength_of
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
@@ -30,7 +31,7 @@ class GenerationPlan:
         model: description of the model.
         context: who asks, with the request's deadline and the fingerprints of the weights that are to make it.
         images: the parameters of each picture.
-        latent_shape: [C, H, W] of every picture's latent.
+        latent_shape: [C, H, W] of every picture's latent, [C, T, H, W] of a film's.
         output: how the files are written.
         determinism: how equal repeated runs must be.
         preview: when to send previews.
@@ -41,7 +42,7 @@ class GenerationPlan:
     model: ModelDescription
     context: WorkContext
     images: Sequence[GenerationParameters]
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     output: OutputOptions
     determinism: DeterminismClass.ValueType
     preview: PreviewOptions
@@ -70,13 +71,13 @@ class GenerationPlan:
 def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
     """The plan of a request that `check_generate` has passed, its size filled in by `with_size_of_picture`."""
     width, height = _size(request, model)
-    factor = model.decoder.scale_factor
+    factor, frames = model.decoder.scale_factor, latent_frames(frame_count(request, model), model)
     return GenerationPlan(
         model=model,
         context=_context(request, model),
         images=[_parameters(request, model, width, height, seed) for seed in _seeds(request)],
-        latent_shape=(model.denoiser.latent_channels, height // factor, width // factor),
-        output=request.output,
+        latent_shape=(model.denoiser.latent_channels, *frames, height // factor, width // factor),
+        output=_output(request.output, model),
         determinism=request.determinism,
         preview=request.preview,
         inputs=input_files(request),
@@ -115,6 +116,13 @@ def _size(request: GenerateRequest, model: ModelDescription) -> tuple[int, int]:
     )
 
 
+def _output(given: OutputOptions, model: ModelDescription) -> OutputOptions:
+    output = OutputOptions()
+    output.CopyFrom(given)
+    output.format = given.format or model.decoder.formats[0]
+    return output
+
+
 def _seeds(request: GenerateRequest) -> list[int]:
     """A seed for each picture; one that was given counts up, none is drawn small enough to type again."""
     if len(request.seeds) > 1:
@@ -132,6 +140,8 @@ def _parameters(
         model=model.name,
         width=width,
         height=height,
+        num_frames=frame_count(request, model),
+        fps=request.fps or model.denoiser.default_fps,
         sampling=_sampling(request.sampling, model),
         guidance=_guidance(request.guidance, model),
         clip_skip=request.clip_skip or model.encoder.default_clip_skip,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from gateway.film import film_violations
 from gateway.inputs import input_violations
 from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
@@ -22,7 +23,7 @@ from services.common.validation import (
 
 MAX_IMAGES = 64
 MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters", "num_frames", "fps")
+_UNSERVED = ("adapters",)
 
 
 def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
@@ -40,6 +41,8 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         )
     if not model.denoiser.size_conditioning:
         refuse_unserved(request, ["size_conditioning"], model.name)
+    if not model.decoder.frames_per_latent:
+        refuse_unserved(request, ("num_frames", "fps"), model.name)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     for stage in ("encoder", "denoiser", "decoder"):
@@ -51,6 +54,8 @@ def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[F
     yield from _size_violations(request, model)
     yield from check_size_conditioning(request.size_conditioning)
     yield from input_violations(request, model)
+    if model.decoder.frames_per_latent:
+        yield from film_violations(request, model)
     yield from _sampling_violations(request, model)
     yield from _seed_violations(request)
     yield from _output_violations(request, model)

@@ -76,10 +76,15 @@ class FilmCodec:
         return [*self.options, *factor, *(["-metadata", f"comment={comment}"] if comment else [])]
 
 
+# A fixed number of threads: the file's bytes follow it, and shall not follow the machine.
 CODECS: Mapping[pb.OutputFormat.ValueType, FilmCodec] = {
     # The index goes to the front, so that a browser plays the film while it loads.
-    pb.OUTPUT_FORMAT_MP4: FilmCodec(".mp4", "video/mp4", "libx264", "yuv420p", ("-movflags", "+faststart"), (51, 0)),
-    pb.OUTPUT_FORMAT_WEBM: FilmCodec(".webm", "video/webm", "libvpx-vp9", "yuv420p", ("-b:v", "0"), (63, 0)),
+    pb.OUTPUT_FORMAT_MP4: FilmCodec(
+        ".mp4", "video/mp4", "libx264", "yuv420p", ("-threads", "4", "-movflags", "+faststart"), (51, 0)
+    ),
+    pb.OUTPUT_FORMAT_WEBM: FilmCodec(
+        ".webm", "video/webm", "libvpx-vp9", "yuv420p", ("-threads", "4", "-b:v", "0"), (63, 0)
+    ),
     # A palette for each frame: one for the whole film would need all of it at once.
     pb.OUTPUT_FORMAT_GIF: FilmCodec(
         ".gif",

@@ -18,7 +18,7 @@ class PromptConditioning:
     Args:
         tensors: the prompt's named tensors, as the encoder made them.
         field: names the prompt in errors: "conditioning" or "negative_conditioning".
-        latent_shape: [C, H, W] of the latent that is drawn.
+        latent_shape: [C, H, W] of the latent that is drawn, of a film [C, T, H, W].
         distilled_scale: guidance scale that a distilled model takes as an input; None: the model's default.
         sizes: that the model is told; None: those of the latent.
     """

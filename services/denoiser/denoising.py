@@ -24,6 +24,7 @@ from services.denoiser.sampling.state import SamplerState
 from services.denoiser.validation import check_denoise
 from services.modeling.wire import TorchPayload, check_finite, make_header
 
+_LAYOUTS = {4: "BCHW", 5: "BCTHW"}
 _CHECKPOINTS_HELD = 2  # the newest, and the one before, which may be on its way to the gateway
 
 
@@ -105,7 +106,7 @@ class Denoising:
         check_finite(latents, "latents")
         self.metrics.stage_seconds.labels("denoiser", job.model).observe(job.compute_seconds)
         self.metrics.queue_seconds.labels("denoiser").observe(job.queue_seconds)
-        header = make_header(latents, "BCHW", self.engine.models[job.model].fingerprint)
+        header = make_header(latents, _LAYOUTS[latents.ndim], self.engine.models[job.model].fingerprint)
         return pb.DenoiseResult(
             latents=await self.store.put(header, TorchPayload(latents)),
             steps_run=job.steps_run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1 import denoiser_service_pb2 as pb
@@ -80,15 +81,21 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
 
 
 def _shape_violations(shape: list[int], model: DenoiserDescription) -> Iterator[FieldViolation]:
-    if len(shape) != 3 or shape[0] != model.latent_channels or min(shape) < _MIN_EXTENT:
-        yield FieldViolation("latent_shape", f"is {shape}; must be [{model.latent_channels}, height, width]")
-    elif any(extent % max(model.latent_multiple, 1) for extent in shape[1:]):
+    axes = ["frames", "height", "width"] if model.default_latent_frames else ["height", "width"]
+    height, width = shape[-2:] if len(shape) > 1 else (0, 0)
+    if len(shape) != 1 + len(axes) or shape[0] != model.latent_channels or min(shape) < _MIN_EXTENT:
+        yield FieldViolation("latent_shape", f"is {shape}; must be [{model.latent_channels}, {', '.join(axes)}]")
+    elif any(extent % max(model.latent_multiple, 1) for extent in (height, width)):
         yield FieldViolation(
             "latent_shape", f"is {shape}; height and width must be multiples of {model.latent_multiple}"
         )
-    elif shape[1] * shape[2] > model.max_latent_area:
+    elif height * width > model.max_latent_area:
         yield FieldViolation(
-            "latent_shape", f"{shape[1]}x{shape[2]} is more than the {model.max_latent_area} elements allowed"
+            "latent_shape", f"{height}x{width} is more than the {model.max_latent_area} elements allowed"
+        )
+    elif model.max_latent_volume and prod(shape[1:]) > model.max_latent_volume:
+        yield FieldViolation(
+            "latent_shape", f"{shape[1:]} is more than the {model.max_latent_volume} elements of a film allowed"
         )
 
 

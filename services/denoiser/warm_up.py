@@ -43,7 +43,8 @@ def warm_up(
     for name, description in models.items():
         until = time.perf_counter() + seconds / len(models)
         denoiser = description.denoiser
-        shape = (denoiser.latent_channels, denoiser.default_latent_height, denoiser.default_latent_width)
+        frames = [denoiser.default_latent_frames] if denoiser.default_latent_frames else []
+        shape = (denoiser.latent_channels, *frames, denoiser.default_latent_height, denoiser.default_latent_width)
         expected = _probe(engine, name, denoiser, shape)
         rows = 1
         while rows <= max_rows and time.perf_counter() + 2 * expected <= until:
@@ -57,11 +58,12 @@ def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, sha
     """A guess at the seconds of a step, from a much smaller one, which also wakes the device's libraries up.
 
     The truth lies between the small step's time, where launching kernels is what takes time, and the ratio of the areas
-    as much, where computing does; the guess is their geometric mean.
+    as much, where computing does; the guess is their geometric mean. (Of a film, the small step sees one frame.)
     """
     multiple = max(denoiser.latent_multiple, 1)
-    sides = (max(side // _PROBE_RATIO, min(_MIN_PROBE_SIDE, side)) for side in shape[1:])
-    small = (shape[0], *(multiple * math.ceil(side / multiple) for side in sides))
+    channels, *frames, height, width = shape
+    sides = (max(side // _PROBE_RATIO, min(_MIN_PROBE_SIDE, side)) for side in (height, width))
+    small = (channels, *(1 for _ in frames), *(multiple * math.ceil(side / multiple) for side in sides))
     job = _job(engine, name, denoiser, small, steps=2)
     _, seconds = [_step_seconds(engine, [job]) for _ in range(2)]
     return seconds * math.sqrt(math.prod(shape) / math.prod(small))

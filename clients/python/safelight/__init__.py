@@ -37,6 +37,8 @@ from safelight.pipelines import (
     SDPipelineConfig,
     SDXLImagePipeline,
     SDXLPipelineConfig,
+    WanPipelineConfig,
+    WanVideoPipeline,
 )
 from safelight.receipt import Receipt, StageSeconds
 from safelight.retry import RetryPolicy
@@ -51,6 +53,7 @@ from safelight.types import (
     Progress,
     Queued,
 )
+from safelight.video import VideoReader, load_video, save_video
 
 __all__ = [
     "Accepted",
@@ -93,5 +96,10 @@ __all__ = [
     "TensorCorruptError",
     "UnknownModelError",
     "UnsupportedError",
+    "VideoReader",
+    "WanPipelineConfig",
+    "WanVideoPipeline",
     "fetch_model",
+    "load_video",
+    "save_video",
 ]

@@ -129,6 +129,8 @@ class EventReader:
             seed=parameters.seed,
             strength=round(parameters.strength, 6) if parameters.HasField("strength") else None,
             inputs={_ROLE_NAMES.get(each.role, str(each.role)): each.sha256.hex() for each in parameters.inputs},
+            num_frames=parameters.num_frames or None,
+            fps=parameters.fps or None,
             format=_FORMAT_NAMES.get(output.format, "png"),
             quality=output.quality or None,
             metadata=not output.omit_metadata,

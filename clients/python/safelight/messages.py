@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from safelight.errors import InvalidRequestError
 from safelight.input_pictures import picture_file
@@ -20,6 +21,10 @@ FORMATS = {
     "png": work_pb2.OUTPUT_FORMAT_PNG,
     "jpeg": work_pb2.OUTPUT_FORMAT_JPEG,
     "webp": work_pb2.OUTPUT_FORMAT_WEBP,
+    "mp4": work_pb2.OUTPUT_FORMAT_MP4,
+    "webm": work_pb2.OUTPUT_FORMAT_WEBM,
+    "gif": work_pb2.OUTPUT_FORMAT_GIF,
+    "png_frames": work_pb2.OUTPUT_FORMAT_PNG_FRAMES,
     "latents": work_pb2.OUTPUT_FORMAT_LATENTS,
 }
 DETERMINISM = {
@@ -48,7 +53,8 @@ def to_request(
         InvalidRequestError: a value that the wire can't carry.
     """
     _check_prompts(options)
-    _check_choice("format", options.format, FORMATS)
+    if options.format is not None:
+        _check_choice("format", options.format, FORMATS)
     _check_choice("determinism", options.determinism, DETERMINISM)
     try:
         request = _to_request(options)
@@ -72,6 +78,8 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         height=_given("height", options.height),
         inputs=_inputs(options),
         strength=options.strength,
+        num_frames=_given("num_frames", options.num_frames),
+        fps=_given("fps", options.fps),
         sampling=work_pb2.SamplingOptions(
             sampler=options.sampler or "",
             sampler_parameters=options.sampler_parameters,
@@ -87,7 +95,7 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         num_images=_given("num_images", options.num_images),
         seeds=[] if options.seed is None else [options.seed],
         output=work_pb2.OutputOptions(
-            format=FORMATS[options.format],
+            format=work_pb2.OUTPUT_FORMAT_UNSPECIFIED if options.format is None else FORMATS[options.format],
             quality=_given("quality", options.quality),
             omit_metadata=not options.metadata,
         ),
@@ -142,10 +150,13 @@ def _deadline_nanoseconds(timeout_seconds: float) -> int:
     return time.time_ns() + round(timeout_seconds * 1e9)
 
 
-def _given(field: str, value: int | None) -> int:
+Number = TypeVar("Number", int, float)
+
+
+def _given(field: str, value: Number | None) -> Number | int:
     """The value as the wire has it, where 0 says "not given"; so a zero of the user's is refused here."""
     if value == 0:
-        raise InvalidRequestError.of(field, "is 0; must be at least 1, or left out for the default")
+        raise InvalidRequestError.of(field, "is 0; must be more, or left out for the default")
     return 0 if value is None else value
 
 
@@ -180,6 +191,8 @@ def _to_model(description: ModelDescription) -> Model:
         distilled_guidance_scale=(
             denoiser.default_distilled_scale if denoiser.HasField("default_distilled_scale") else None
         ),
+        num_frames=_default_frames(description),
+        fps=denoiser.default_fps or None,
         samplers=tuple(denoiser.samplers),
         schedules=tuple(denoiser.schedules),
         max_tokens=encoder.max_tokens,
@@ -190,3 +203,9 @@ def _to_model(description: ModelDescription) -> Model:
             "decoder": decoder.fingerprint,
         },
     )
+
+
+def _default_frames(description: ModelDescription) -> int | None:
+    """Frames of a film that is not told how long it shall be; None for a model that makes pictures."""
+    latent_frames = description.denoiser.default_latent_frames
+    return 1 + (latent_frames - 1) * description.decoder.frames_per_latent if latent_frames else None

@@ -41,8 +41,12 @@ class GenerationOptions:
         determinism: "default" is equal up to rounding whenever it is run; "exact" is equal bit for bit, whatever else
             the gateway computes, and costs the speed of sharing forward passes.
         preview_every_steps: a Preview event every so many steps; None: none.
-        format: "png", "jpeg", "webp" or "latents" (a safetensors file).
-        quality: 1 to 100 for JPEG and WebP.
+        num_frames: of a film; one more than a multiple of the model's frames per latent frame (4). Only for models that
+            make films.
+        fps: frames per second of a film.
+        format: "png", "jpeg" or "webp" for a picture, "mp4", "webm", "gif" or "png_frames" (an archive) for a film, or
+            "latents" (a safetensors file); None: "png" or "mp4".
+        quality: 1 to 100 for JPEG and WebP, MP4 and WebM.
         metadata: embed the parameters in the file.
         tenant: whose share of the device the work counts against.
         priority: higher runs first; -100 to 100.
@@ -72,7 +76,9 @@ class GenerationOptions:
     num_images: int = 1
     determinism: str = "default"
     preview_every_steps: int | None = None
-    format: str = "png"
+    num_frames: int | None = None
+    fps: float | None = None
+    format: str | None = None
     quality: int | None = None
     metadata: bool = True
     tenant: str = ""

@@ -81,6 +81,8 @@ class Receipt:
     seed: int
     strength: float | None
     inputs: Mapping[str, str]
+    num_frames: int | None
+    fps: float | None
     format: str
     quality: int | None
     metadata: bool

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image
 
+from safelight.errors import InvalidRequestError
 from safelight.receipt import Receipt, StageSeconds
+
+_FRAMES_MEDIA_TYPE = "application/zip"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
-    """A finished picture.
+    """A finished picture, or film.
 
     Args:
         data: the file.
@@ -107,6 +111,17 @@ class GeneratedImage:
         """The picture, decoded by Pillow."""
         return _decoded(self.data)
 
+    def frames(self) -> list[Image.Image]:
+        """The frames of a film, which must have been made as "png_frames".
+
+        Raises:
+            InvalidRequestError: it was not.
+        """
+        if self.media_type != _FRAMES_MEDIA_TYPE:
+            raise InvalidRequestError.of("format", f'is {self.media_type}; frames come with format="png_frames"')
+        with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
+            return [_decoded(archive.read(name)) for name in sorted(archive.namelist()) if name.endswith(".png")]
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -131,6 +146,8 @@ class Model:
         size_multiple: width and height must be multiples of it.
         steps: default number of steps.
         guidance_scale: default.
+        num_frames: default of a film; None: it makes pictures.
+        fps: default of a film; None: it makes pictures.
         distilled_guidance_scale: default; None: the model takes none.
         samplers: the first is the default.
         schedules: the first is the default.
@@ -147,6 +164,8 @@ class Model:
     steps: int
     guidance_scale: float
     distilled_guidance_scale: float | None
+    num_frames: int | None
+    fps: float | None
     samplers: tuple[str, ...]
     schedules: tuple[str, ...]
     max_tokens: int

@@ -22,9 +22,9 @@ from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
 _USUAL_TOKENS = 512
-# 832 x 480 pixels and 81 frames, as Wan2.1 was trained; 1280 x 720 at most.
-_LATENT_WIDTH, _LATENT_HEIGHT, _FRAMES = 104, 60, 81
-_MAX_LATENT_VOLUME = 160 * 90 * 41
+# 832 x 480 pixels and 81 frames, as Wan2.1 was trained.
+_LATENT_WIDTH, _LATENT_HEIGHT, _LATENT_FRAMES = 104, 60, 21
+_MAX_LATENT_VOLUME = 160 * 90 * 41  # 1280 x 720 pixels and 161 frames
 _FPS = 16.0
 _SHIFT = 5.0
 _DEFAULTS = Defaults(steps=50, guidance_scale=5.0)
@@ -82,7 +82,7 @@ class WanDenoiser:
             default_guidance_scale=self._defaults.guidance_scale,
             default_latent_width=_LATENT_WIDTH,
             default_latent_height=_LATENT_HEIGHT,
-            default_frames=_FRAMES,
+            default_latent_frames=_LATENT_FRAMES,
             default_fps=_FPS,
             max_latent_volume=_MAX_LATENT_VOLUME,
             latent_multiple=PATCH[1],

@@ -21,7 +21,7 @@ from safelight.types import GeneratedImage, GenerationResult
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shall show.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What the picture or film shall show.", show_default=False)],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write; its suffix is the format. Several get -0, -1 ….")
     ] = Path("image.png"),
@@ -33,6 +33,8 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="How much of the image is replaced, 0 to 1; default: 0.8, with a mask 1.")
     ] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a film, 4 n + 1; default: the model's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of a film; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     min_steps: Annotated[int | None, typer.Option(help="Fewest to accept from a busy gateway; default: all.")] = None,
     sampler: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
@@ -54,7 +56,7 @@ def generate(
         int | None, typer.Option(metavar="STEPS", help="Show the picture on a true-colour terminal as it grows.")
     ] = None,
     output_format: Annotated[str | None, typer.Option("--format", help="If not that of the suffix.")] = None,
-    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG, WebP, MP4 and WebM, 1 to 100.")] = None,
     metadata: Annotated[bool, typer.Option(help="Put the parameters into the file.")] = True,
     receipt: Annotated[
         Path | None, typer.Option(help="File to write for `safelight replay`. Several get -0, -1 ….")
@@ -70,7 +72,7 @@ def generate(
     device: Annotated[str, typer.Option(help="Of the embedded stack: auto, cpu, cuda, cuda:1 ….")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Write what was made as JSON.")] = False,
 ) -> None:
-    """Make pictures from words, at a gateway or with an embedded stack of our own."""
+    """Make pictures or films from words, at a gateway or with an embedded stack of our own."""
     target = endpoint_or_none(endpoint)
     options = GenerationOptions(
         prompt=prompt,
@@ -81,6 +83,8 @@ def generate(
         image=image,
         mask=mask,
         strength=strength,
+        num_frames=frames,
+        fps=fps,
         steps=steps,
         min_steps=min_steps,
         sampler=sampler,

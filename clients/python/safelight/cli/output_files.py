@@ -8,7 +8,17 @@ from pathlib import Path
 
 from safelight.errors import InvalidRequestError
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".safetensors": "latents"}
+FORMATS = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+    ".mp4": "mp4",
+    ".webm": "webm",
+    ".gif": "gif",
+    ".zip": "png_frames",
+    ".safetensors": "latents",
+}
 """The format that a file's suffix asks for."""
 
 

@@ -7,6 +7,7 @@ starts, or by a remote gateway when an endpoint is given; the calling process ne
 from safelight.pipelines.flux import FluxImagePipeline, FluxPipelineConfig
 from safelight.pipelines.sd import SDImagePipeline, SDPipelineConfig
 from safelight.pipelines.sdxl import SDXLImagePipeline, SDXLPipelineConfig
+from safelight.pipelines.wan import WanPipelineConfig, WanVideoPipeline
 
 __all__ = [
     "FluxImagePipeline",
@@ -15,4 +16,6 @@ __all__ = [
     "SDPipelineConfig",
     "SDXLImagePipeline",
     "SDXLPipelineConfig",
+    "WanPipelineConfig",
+    "WanVideoPipeline",
 ]

@@ -16,7 +16,7 @@ from safelight.errors import InvalidRequestError, UnknownModelError, Unsupported
 from safelight.model_files import WeightsPath, as_list, model_name
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import PipelineConfig, check_served, manifest_entry, stack_settings
-from safelight.types import Event, Model, Progress
+from safelight.types import Event, GeneratedImage, Model, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,11 +94,30 @@ class ImagePipeline:
         Raises:
             SafelightError: see safelight.errors.
         """
-        options = replace(options, model=self._model)
-        picture = self._connection.generate(options, lambda event: _report(event, progress_callback)).images[0]
-        if picture.truncated_prompt:
-            _log.warning("prompt: its end does not fit the model and was left out: %r", picture.truncated_prompt)
-        return picture.image
+        return self._generate(options, progress_callback).image
+
+    def _generate(
+        self, options: GenerationOptions, progress_callback: ProgressCallback | None, *, first_step: int = 0
+    ) -> GeneratedImage:
+        """One picture or film of the pipeline's model; the callback's steps count from `first_step`.
+
+        Raises:
+            SafelightError: see safelight.errors.
+        """
+
+        def report(event: Event) -> None:
+            is_step = isinstance(event, Progress) and event.stage == "denoiser" and event.step > 0
+            if is_step and progress_callback is not None:
+                progress_callback(event.step - 1 + first_step, event.steps, "DENOISING")
+
+        made = self._connection.generate(replace(options, model=self._model), report).images[0]
+        if made.truncated_prompt:
+            _log.warning("prompt: its end does not fit the model and was left out: %r", made.truncated_prompt)
+        return made
+
+    def _described(self) -> Model:
+        """The model as its gateway describes it."""
+        return next(model for model in self._connection.models() if model.name == self._model)
 
 
 def given_strength(input_image: Image.Image | None, denoising_strength: float) -> float | None:
@@ -144,8 +163,3 @@ def _find_model(config: PipelineConfig, connection: Connection) -> Model:
         f"model_path: the gateway at {connection.endpoint} serves no model named {' or '.join(map(repr, candidates))}; "
         f"it serves {', '.join(served) or 'none now'}"
     )
-
-
-def _report(event: Event, callback: ProgressCallback | None) -> None:
-    if callback is not None and isinstance(event, Progress) and event.stage == "denoiser" and event.step > 0:
-        callback(event.step - 1, event.steps, "DENOISING")

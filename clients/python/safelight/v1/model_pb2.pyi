@@ -147,7 +147,7 @@ class DenoiserDescription(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     CALLS_PER_STEP_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
-    DEFAULT_FRAMES_FIELD_NUMBER: _builtins.int
+    DEFAULT_LATENT_FRAMES_FIELD_NUMBER: _builtins.int
     MAX_LATENT_VOLUME_FIELD_NUMBER: _builtins.int
     DEFAULT_FPS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
@@ -178,8 +178,8 @@ class DenoiserDescription(_message.Message):
     """Whether it is told the sizes of the picture that it draws (SDXL)."""
     adapters: _builtins.bool
     """Whether LoRAs can be applied to it."""
-    default_frames: _builtins.int
-    """Frames of a film when a request has none; 0: it makes pictures."""
+    default_latent_frames: _builtins.int
+    """Latent frames of a film when a request has none; 0: it makes pictures."""
     max_latent_volume: _builtins.int
     """Most latent elements of a film, over all its latent frames; 0 for pictures."""
     default_fps: _builtins.float
@@ -226,13 +226,13 @@ class DenoiserDescription(_message.Message):
         inputs: _abc.Iterable[_work_pb2.MediaRole.ValueType] | None = ...,
         calls_per_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         adapters: _builtins.bool = ...,
-        default_frames: _builtins.int = ...,
+        default_latent_frames: _builtins.int = ...,
         max_latent_volume: _builtins.int = ...,
         default_fps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "default_distilled_scale", b"default_distilled_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_fps", b"default_fps", "default_frames", b"default_frames", "default_guidance_scale", b"default_guidance_scale", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_latent_volume", b"max_latent_volume", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_fps", b"default_fps", "default_guidance_scale", b"default_guidance_scale", "default_latent_frames", b"default_latent_frames", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_latent_volume", b"max_latent_volume", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_distilled_scale: _TypeAlias = _typing.Literal["default_distilled_scale"]  # noqa: Y015
     _WhichOneofArgType__default_distilled_scale: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale"]  # noqa: Y015

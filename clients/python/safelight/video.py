@@ -1,0 +1,106 @@
+"""Films in files: frames to MP4 or WebM, and back, by ffmpeg, which comes with `pip install 'safelight[video]'`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from safelight.errors import InvalidRequestError, UnsupportedError
+from safelight.model_files import PathLike
+
+_CODECS = {
+    ".mp4": ("-c:v", "libx264", "-crf", "18", "-movflags", "+faststart"),
+    ".webm": ("-c:v", "libvpx-vp9", "-crf", "24", "-b:v", "0"),
+}
+_SIZE = re.compile(r"Video: .*?, (\d+)x(\d+)")
+
+
+class VideoReader(Sequence[Image.Image]):
+    """The frames of a film, as Pillow's RGB pictures."""
+
+    def __init__(self, frames: Iterable[Image.Image]) -> None:
+        self.frames = list(frames)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # a reader is not sliced
+        return self.frames[index]
+
+
+def save_video(frames: Sequence[Image.Image], save_path: PathLike, fps: float = 15) -> None:
+    """Write frames of one size, width and height even, to an .mp4 (H.264) or .webm (VP9) file.
+
+    The file is there when it is whole, or not at all.
+
+    Raises:
+        InvalidRequestError: the suffix stands for no format, there are no frames, or ffmpeg can't write them.
+        UnsupportedError: there is no ffmpeg.
+    """
+    path = Path(save_path)
+    if path.suffix not in _CODECS:
+        raise InvalidRequestError.of("save_path", f"{path} ends in {path.suffix!r}; choose from {', '.join(_CODECS)}")
+    if not frames or len({frame.size for frame in frames}) > 1:
+        raise InvalidRequestError.of("frames", "must be at least one, all of one size")
+    width, height = frames[0].size
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        _ffmpeg([*given, *_CODECS[path.suffix], "-pix_fmt", "yuv420p", str(part)], (_rgb(frame) for frame in frames))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_video(path: PathLike) -> VideoReader:
+    """All frames of a film.
+
+    Raises:
+        InvalidRequestError: there is no such file, or it is no film.
+        UnsupportedError: there is no ffmpeg.
+    """
+    if not Path(path).is_file():
+        raise InvalidRequestError.of("path", f"{path} does not exist: correct the path")
+    data, words = _ffmpeg(["-i", str(path), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
+    found = _SIZE.search(words)
+    if found is None:
+        raise InvalidRequestError.of("path", f"{path} is no film")
+    return VideoReader(_frames(data, (int(found[1]), int(found[2]))))
+
+
+def _frames(data: bytes, size: tuple[int, int]) -> Iterator[Image.Image]:
+    length = 3 * size[0] * size[1]
+    for start in range(0, len(data), length):
+        yield Image.frombytes("RGB", size, data[start : start + length])
+
+
+def _rgb(frame: Image.Image) -> bytes:
+    return frame.convert("RGB").tobytes()
+
+
+def _ffmpeg(arguments: Sequence[str], frames: Iterable[bytes] = ()) -> tuple[bytes, str]:
+    """Run ffmpeg on frames; returns what it writes to its output, and what it says.
+
+    Raises:
+        InvalidRequestError: it failed; its last words are in the error.
+        UnsupportedError: there is none.
+    """
+    done = subprocess.run([_executable(), "-y", *arguments], input=b"".join(frames), capture_output=True, check=False)
+    words = done.stderr.decode(errors="replace").strip()
+    if done.returncode != 0:
+        raise InvalidRequestError.of("video", f"ffmpeg refused it: {words.splitlines()[-1] if words else 'no reason'}")
+    return done.stdout, words
+
+
+def _executable() -> str:
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise UnsupportedError("films need ffmpeg: pip install 'safelight[video]'") from error
+    path: str = imageio_ffmpeg.get_ffmpeg_exe()
+    return path
