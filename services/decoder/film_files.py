@@ -28,6 +28,7 @@ from safelight.v1 import work_pb2 as pb
 DEFAULT_QUALITY = 75
 _FORMAT_OF_FRAMES = "frame_{:05d}.png"
 _METADATA_NAME = "parameters.txt"
+_THREADS = ("-threads", "4")  # a fixed number: the file's bytes follow it, and shall not follow the machine
 
 Pixels = NDArray[np.uint8]
 
@@ -76,15 +77,12 @@ class FilmCodec:
         return [*self.options, *factor, *(["-metadata", f"comment={comment}"] if comment else [])]
 
 
-# A fixed number of threads: the file's bytes follow it, and shall not follow the machine.
 CODECS: Mapping[pb.OutputFormat.ValueType, FilmCodec] = {
     # The index goes to the front, so that a browser plays the film while it loads.
     pb.OUTPUT_FORMAT_MP4: FilmCodec(
-        ".mp4", "video/mp4", "libx264", "yuv420p", ("-threads", "4", "-movflags", "+faststart"), (51, 0)
+        ".mp4", "video/mp4", "libx264", "yuv420p", (*_THREADS, "-movflags", "+faststart"), (51, 0)
     ),
-    pb.OUTPUT_FORMAT_WEBM: FilmCodec(
-        ".webm", "video/webm", "libvpx-vp9", "yuv420p", ("-threads", "4", "-b:v", "0"), (63, 0)
-    ),
+    pb.OUTPUT_FORMAT_WEBM: FilmCodec(".webm", "video/webm", "libvpx-vp9", "yuv420p", (*_THREADS, "-b:v", "0"), (63, 0)),
     # A palette for each frame: one for the whole film would need all of it at once.
     pb.OUTPUT_FORMAT_GIF: FilmCodec(
         ".gif",

@@ -17,7 +17,8 @@ from services.denoiser.models.wan_dit import WanContext, WanDiT, load_wan_dit, s
 from services.denoiser.models.wan_dit_params import PATCH
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.rectified_flow import RectifiedFlow
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
@@ -36,7 +37,7 @@ class WanDenoiser:
     """A Wan transformer that makes films of words, with its noise process.
 
     Args:
-        dit: the network, on its device.
+        dit: the network, placed.
         sampling: how its latents are noised, and what takes the noise away.
         fingerprint: of its weights.
         defaults: of requests.
@@ -44,13 +45,13 @@ class WanDenoiser:
 
     preview_map = None
 
-    def __init__(self, dit: WanDiT, sampling: ModelSampling, fingerprint: str, defaults: Defaults) -> None:
-        self._dit = dit
+    def __init__(self, dit: Placed[WanDiT], sampling: ModelSampling, fingerprint: str, defaults: Defaults) -> None:
+        self._dit = dit.network
+        self.weights: Sequence[PlacedWeights] = (dit.weights,)
+        self.device, self.dtype = dit.placement.device, dit.placement.dtype
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._defaults = defaults
-        parameter = next(dit.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> WanDenoiser:
@@ -60,15 +61,22 @@ class WanDenoiser:
             CheckpointError: the weights are missing, damaged or not of a text-to-video model.
         """
         source = open_component(entry, entry.denoiser, "transformer")
-        dtype = resolve_dtype(entry.denoiser.dtype, device, torch.bfloat16)
-        dit = load_wan_dit(source.checkpoint, source.config, device=device, dtype=dtype)
+        placement = placement_of(entry.denoiser, device, torch.bfloat16)
+        dit = load_wan_dit(
+            source.checkpoint,
+            source.config,
+            device=placement.loading_device,
+            dtype=placement.dtype,
+            float8=placement.float8,
+        )
         if dit.params.in_channels != dit.params.out_channels:
             raise CheckpointError(
                 f"model {entry.name!r}: {source.checkpoint} starts from a picture; this release serves Wan's "
                 "text-to-video models"
             )
         shift = float((scheduler_config(entry) or {}).get("flow_shift", _SHIFT))
-        return cls(dit, _sampling(shift), source.checkpoint.fingerprint, entry.defaults_over(_DEFAULTS))
+        placed = place(dit, placement, dit.weight_blocks(), dit.full_precision())
+        return cls(placed, _sampling(shift), source.checkpoint.fingerprint, entry.defaults_over(_DEFAULTS))
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

@@ -20,7 +20,8 @@ from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.wan_dit_keys import find_layout
 from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
 from services.modeling.attention import attention
-from services.modeling.layers import GeluLinear, Linear, TensorModule, pack_weights
+from services.modeling.layers import GeluLinear, Linear, TensorModule
+from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
 
 PICTURE_NORM_EPS = 1e-5
@@ -89,29 +90,33 @@ class PictureEmbedder(TensorModule):
         return normed
 
 
+class KeysAndValues(TensorModule):
+    """The keys, normed, and the values of what a film attends to: [B, L, W] -> [B, L, 2 W]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_kv = Linear(width, 2 * width)
+        self.k_norm = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.to_kv(x).chunk(2, dim=-1)
+        return torch.cat([rms_norm(k, self.k_norm), v], dim=-1)
+
+
 class CrossAttention(TensorModule):
-    """Every token of the film attends to the text and, in models that start from a picture, to that as well."""
+    """Every token of the film attends to the text and, in models that start from a picture, to that as well.
+
+    `text` and `image` make their keys and values, once a request.
+    """
 
     def __init__(self, params: WanDiTParams) -> None:
         super().__init__()
         width, self.heads = params.width, params.heads
         self.to_q = Linear(width, width)
         self.q_norm = nn.Parameter(torch.empty(width))
-        self.to_kv = Linear(width, 2 * width)
-        self.k_norm = nn.Parameter(torch.empty(width))
-        self.to_image_kv = None if params.image_width is None else Linear(width, 2 * width)
-        self.image_k_norm = None if params.image_width is None else nn.Parameter(torch.empty(width))
+        self.text = KeysAndValues(width)
+        self.image = None if params.image_width is None else KeysAndValues(width)
         self.to_out = Linear(width, width)
-
-    def text_kv(self, text: Tensor) -> Tensor:
-        """[B, L, W] -> normed keys and values [B, L, 2 W]."""
-        return _normed_kv(self.to_kv(text), self.k_norm)
-
-    def image_kv(self, image: Tensor) -> Tensor:
-        """[B, P, W] -> normed keys and values [B, P, 2 W]."""
-        assert self.to_image_kv is not None
-        assert self.image_k_norm is not None
-        return _normed_kv(self.to_image_kv(image), self.image_k_norm)
 
     def forward(self, x: Tensor, text_kv: Tensor, image_kv: Tensor | None, residual: Tensor) -> Tensor:
         """x and residual: [B, S, W], text_kv: [B, L, 2 W], image_kv: [B, P, 2 W] -> [B, S, W]."""
@@ -156,6 +161,20 @@ class Block(TensorModule):
         return attention(q, k, qkv[..., 2 * width :], self.heads)
 
 
+class Head(TensorModule):
+    """The last norm, modulated by the time, and the way back to latents: [B, S, W] -> [B, S, 4 C]."""
+
+    def __init__(self, params: WanDiTParams) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(1, 2, params.width))
+        self.proj_out = Linear(params.width, params.out_channels * PATCH[1] * PATCH[2])
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """time: [B, 1 or S, W]."""
+        shift, scale = modulation(self.modulation, time[:, :, None])
+        return self.proj_out(modulated_norm(x, shift, scale))
+
+
 class WanDiT(TensorModule):
     """Predicts the velocity from a film to noise, given the time between them, the text and perhaps a picture."""
 
@@ -170,8 +189,7 @@ class WanDiT(TensorModule):
             None if params.image_width is None else PictureEmbedder(params.image_width, width, params.image_positions)
         )
         self.blocks = nn.ModuleList(Block(params) for _ in range(params.blocks))
-        self.modulation_out = nn.Parameter(torch.empty(1, 2, width))
-        self.proj_out = Linear(width, params.out_channels * PATCH[1] * PATCH[2])
+        self.head = Head(params)
 
     def prepare(
         self, prompt_embeds: Tensor, image_embeds: Tensor | None, image_latents: Tensor | None, size: Sequence[int]
@@ -182,8 +200,8 @@ class WanDiT(TensorModule):
         if self.image_in is not None:
             assert image_embeds is not None
             image = self.image_in(image_embeds)
-            image_kv = torch.stack([cross.image_kv(image) for cross in self._cross_attentions()], dim=1)
-        text_kv = torch.stack([cross.text_kv(text) for cross in self._cross_attentions()], dim=1)
+            image_kv = torch.stack([cross.image(image) for cross in self._cross_attentions() if cross.image], dim=1)
+        text_kv = torch.stack([cross.text(text) for cross in self._cross_attentions()], dim=1)
         rope = token_rotations(size, self.params.width // self.params.heads).to(text.device)
         return WanContext(text_kv, image_kv, image_latents, rope)
 
@@ -200,8 +218,21 @@ class WanDiT(TensorModule):
         image_kvs = [None] * len(self.blocks) if context.image_kv is None else context.image_kv.unbind(1)
         for block, text_kv, image_kv in zip(self.blocks, context.text_kv.unbind(1), image_kvs, strict=True):
             x = block(x, time_modulation, text_kv, image_kv, context.rope)
-        shift, scale = modulation(self.modulation_out, time[:, :, None])
-        return to_latents(self.proj_out(modulated_norm(x, shift, scale)), size)
+        return to_latents(self.head(x, time), size)
+
+    def weight_blocks(self) -> list[WeightBlock]:
+        """All weights, in the order in which they compute: what is asked once a request, both ends, the blocks."""
+        once = [self.text_in, self.image_in, *(each for cross in self._cross_attentions() for each in _once(cross))]
+        return [
+            WeightBlock("once", tuple(module for module in once if module is not None)),
+            WeightBlock("ends", (self.patch_in, self.time_in, self.modulation, self.head)),
+            *(WeightBlock(f"blocks.{index}", (block,)) for index, block in enumerate(self.blocks)),
+        ]
+
+    def full_precision(self) -> list[nn.Module]:
+        """What is never stored in eight bits: both ends, and what makes the modulation that reaches every position."""
+        ends = [self.patch_in, self.text_in, self.image_in, self.time_in, self.modulation, self.head]
+        return [module for module in ends if module is not None]
 
     def _cross_attentions(self) -> list[CrossAttention]:
         """Those of the blocks, in order."""
@@ -238,7 +269,12 @@ def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def load_wan_dit(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    float8: bool = False,
 ) -> WanDiT:
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
@@ -250,14 +286,13 @@ def load_wan_dit(
     with torch.device("meta"):
         dit = WanDiT(params)
     sources = layout.sources(dit.state_dict().keys())
-    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix)
-    pack_weights(dit)
+    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
     return dit.eval()
 
 
-def _normed_kv(kv: Tensor, k_norm: Tensor) -> Tensor:
-    k, v = kv.chunk(2, dim=-1)
-    return torch.cat([rms_norm(k, k_norm), v], dim=-1)
+def _once(cross: CrossAttention) -> list[KeysAndValues]:
+    """What computes keys and values, once a request."""
+    return [cross.text] if cross.image is None else [cross.text, cross.image]
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:

