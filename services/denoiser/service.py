@@ -87,6 +87,6 @@ def _describe(name: str, model: Denoiser, settings: DenoiserSettings) -> ModelDe
     description = model.describe(name)
     description.denoiser.max_latent_area = settings.max_latent_area
     description.denoiser.max_steps = settings.max_steps
-    if not description.denoiser.default_frames:
+    if not description.denoiser.default_latent_frames:
         description.denoiser.inputs.extend(INPUTS)
     return description

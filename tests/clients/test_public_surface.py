@@ -49,7 +49,12 @@ PUBLIC = [
     "TensorCorruptError",
     "UnknownModelError",
     "UnsupportedError",
+    "VideoReader",
+    "WanPipelineConfig",
+    "WanVideoPipeline",
     "fetch_model",
+    "load_video",
+    "save_video",
 ]
 
 

@@ -51,7 +51,10 @@ def save_video(frames: Sequence[Image.Image], save_path: PathLike, fps: float = 
     given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        _ffmpeg([*given, *_CODECS[path.suffix], "-pix_fmt", "yuv420p", str(part)], (_rgb(frame) for frame in frames))
+        _ffmpeg(
+            ["-loglevel", "error", *given, *_CODECS[path.suffix], "-pix_fmt", "yuv420p", str(part)],
+            (_rgb(frame) for frame in frames),
+        )
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -87,13 +90,15 @@ def _ffmpeg(arguments: Sequence[str], frames: Iterable[bytes] = ()) -> tuple[byt
     """Run ffmpeg on frames; returns what it writes to its output, and what it says.
 
     Raises:
-        InvalidRequestError: it failed; its last words are in the error.
+        InvalidRequestError: it failed; its words are in the error.
         UnsupportedError: there is none.
     """
-    done = subprocess.run([_executable(), "-y", *arguments], input=b"".join(frames), capture_output=True, check=False)
+    done = subprocess.run(
+        [_executable(), "-hide_banner", "-y", *arguments], input=b"".join(frames), capture_output=True, check=False
+    )
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0:
-        raise InvalidRequestError.of("video", f"ffmpeg refused it: {words.splitlines()[-1] if words else 'no reason'}")
+        raise InvalidRequestError.of("video", f"ffmpeg refused it: {words}")
     return done.stdout, words
 
 

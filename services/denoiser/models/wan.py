@@ -15,6 +15,7 @@ from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.scheduler_config import FLOW_SAMPLERS, scheduler_config
 from services.denoiser.models.wan_dit import WanContext, WanDiT, load_wan_dit, stack_context
 from services.denoiser.models.wan_dit_params import PATCH
+from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.rectified_flow import RectifiedFlow
 from services.modeling.components import open_component
@@ -43,7 +44,7 @@ class WanDenoiser:
         defaults: of requests.
     """
 
-    preview_map = None
+    preview_map: LatentPreviewMap | None = None
 
     def __init__(self, dit: Placed[WanDiT], sampling: ModelSampling, fingerprint: str, defaults: Defaults) -> None:
         self._dit = dit.network

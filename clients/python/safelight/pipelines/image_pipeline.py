@@ -106,8 +106,9 @@ class ImagePipeline:
         """
 
         def report(event: Event) -> None:
-            is_step = isinstance(event, Progress) and event.stage == "denoiser" and event.step > 0
-            if is_step and progress_callback is not None:
+            if progress_callback is None or not isinstance(event, Progress):
+                return
+            if event.stage == "denoiser" and event.step > 0:
                 progress_callback(event.step - 1 + first_step, event.steps, "DENOISING")
 
         made = self._connection.generate(replace(options, model=self._model), report).images[0]

@@ -264,7 +264,7 @@ class DecoderDescription(_message.Message):
     """Frames of a film per latent frame after the first, which has a latent frame of its own; 0: it makes pictures."""
     @_builtins.property
     def formats(self) -> _containers.RepeatedScalarFieldContainer[_work_pb2.OutputFormat.ValueType]:
-        """File formats it writes."""
+        """File formats it writes; the first is the default."""
 
     def __init__(
         self,
