@@ -102,7 +102,7 @@ class _Visitor:
     def __init__(self, weights: FlatWeights, home: Tensor) -> None:
         self.weights, self.home = weights, home
         self.room: Tensor | None = None
-        self.arrival: Moment = None
+        self.arrival: Moment | None = None
 
 
 @dataclass(eq=False)
@@ -113,13 +113,13 @@ class _Slot:
         memory: as large as the largest.
         free: when what computes with the block here now, or did last, will be done.
         block: index of the block that is here or on its way; None: none.
-        arrival: when it will be here.
+        arrival: when it will be here; None: nothing ever was on its way.
     """
 
     memory: Tensor
     free: Moment
     block: int | None = None
-    arrival: Moment = None
+    arrival: Moment | None = None
 
 
 class OffloadedWeights:
@@ -192,9 +192,8 @@ class OffloadedWeights:
     def _visiting(self, visitor: _Visitor) -> Iterator[None]:
         with self._alone(visitor.weights.name):
             self._bring_visitors()
-            if visitor.arrival is not None:
-                self._transfer.wait(visitor.arrival)
-                visitor.arrival = None
+            self._wait(visitor.arrival)
+            visitor.arrival = None
             yield
 
     @contextmanager
@@ -203,7 +202,7 @@ class OffloadedWeights:
             self._bring_visitors()
             self._make_slots()
             slot = self._present(index)
-            self._transfer.wait(slot.arrival)
+            self._wait(slot.arrival)
             self._streamed[index].show(slot.memory)
             try:
                 self._prefetch_after(index, slot)
@@ -264,14 +263,18 @@ class OffloadedWeights:
         self.account.streamed(source.numel())
         return self._transfer.copy(source, target, after)
 
+    def _wait(self, arrival: Moment | None) -> None:
+        if arrival is not None:
+            self._transfer.wait(arrival)
+
     def _leave(self) -> None:
         """Only what stays is on the device afterwards."""
         for slot in self._slots:
-            self._transfer.wait(slot.arrival)
+            self._wait(slot.arrival)
             self.account.take(-slot.memory.numel())
         for visitor in self._visitors:
             if visitor.room is not None:
-                self._transfer.wait(visitor.arrival)
+                self._wait(visitor.arrival)
                 visitor.weights.show(visitor.home)
                 self.account.take(-visitor.room.numel())
                 visitor.room = visitor.arrival = None

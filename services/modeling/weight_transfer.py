@@ -86,10 +86,10 @@ class CudaTransfer:
 
     def home(self, size: int) -> Tensor:
         """Page-locked memory."""
-        pages = _LockedPages(-1, size)
+        pages = _LockedPages(-1, max(size, 1))
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        pages.lock(memory.data_ptr(), size)
-        return memory
+        pages.lock(memory.data_ptr())
+        return memory[:size]
 
     def room(self, size: int) -> Tensor:
         """Memory of the computation's stream."""
@@ -123,9 +123,9 @@ class _LockedPages(mmap.mmap):
 
     _address = 0
 
-    def lock(self, address: int, size: int) -> None:
+    def lock(self, address: int) -> None:
         """Registers the pages, which lie at that address."""
-        torch.cuda.check_error(int(_cuda.cudart().cudaHostRegister(address, size, 0)))
+        torch.cuda.check_error(int(_cuda.cudart().cudaHostRegister(address, len(self), 0)))
         self._address = address
 
     def __del__(self) -> None:
