@@ -14,6 +14,8 @@ import sys
 _FULL = (
     ("bench.unet_step", "--dtype", "bfloat16", "--rounds", "5"),
     ("bench.unet_step", "--dtype", "float32", "--rounds", "3"),
+    ("bench.unet_step", "--model", "sdxl", "--dtype", "bfloat16", "--rounds", "3"),
+    ("bench.unet_step", "--model", "sdxl-shallow", "--dtype", "float32", "--rounds", "3"),
     ("bench.load_memory",),
     ("bench.offload",),
     ("bench.vae_decode", "--dtype", "bfloat16", "--rounds", "3"),
@@ -30,6 +32,7 @@ _FULL = (
 )
 QUICK = (
     ("bench.unet_step", "--tiny", "--size", "128", "--rounds", "1"),
+    ("bench.unet_step", "--model", "sdxl", "--tiny", "--size", "128", "--rounds", "1"),
     ("bench.load_memory", "--tiny"),
     ("bench.offload", "--tiny", "--steps", "1"),
     ("bench.vae_decode", "--tiny", "--rounds", "1"),

@@ -14,7 +14,7 @@ from bench.__main__ import QUICK
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("command", QUICK, ids=lambda command: command[0])
+@pytest.mark.parametrize("command", QUICK, ids=" ".join)
 def test_a_benchmark_runs(command: tuple[str, ...]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", *command],
