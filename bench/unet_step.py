@@ -8,8 +8,8 @@ in float32 when it is asked for bfloat16, as a denoiser does (services/modeling/
     OMP_WAIT_POLICY=PASSIVE python -m bench.unet_step --dtype bfloat16 --rounds 5
     OMP_WAIT_POLICY=PASSIVE python -m bench.unet_step --model sdxl --dtype bfloat16 --rounds 3   # 11 GB of memory
 
-SDXL whole does not fit beside diffusers' in float32 on a small machine; "sdxl-shallow" has all its widths and a third of
-its weights: two transformer layers instead of ten in each block of the coarsest level.
+SDXL whole does not fit beside diffusers' in float32 on a small machine. "sdxl-shallow" has all its widths and a third
+of its weights: two transformer layers instead of ten in each block of the coarsest level.
 """
 
 import argparse
@@ -56,17 +56,18 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+_TINY_SDXL = SDXL | {
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 1, 1),
+    "cross_attention_dim": 32,
+}
 MODELS = {"sd15": SD15, "sdxl": SDXL, "sdxl-shallow": SDXL | {"transformer_layers_per_block": (1, 2, 2)}}
 TINY = {
     "sd15": SD15 | {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "cross_attention_dim": 32},
-    "sdxl": SDXL
-    | {
-        "block_out_channels": (32, 64, 64),
-        "layers_per_block": 1,
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (1, 1, 1),
-        "cross_attention_dim": 32,
-    },
+    "sdxl": _TINY_SDXL,
+    "sdxl-shallow": _TINY_SDXL,
 }
 
 
@@ -144,9 +145,8 @@ def compare(options: argparse.Namespace) -> Result:
     """Builds both networks, measures their errors and times them in turns."""
     dtype = getattr(torch, options.dtype)
     ours_dtype = resolve_dtype(options.dtype, torch.device("cpu"))
-    theirs, ours, exact, inputs = prepare(
-        (TINY if options.tiny else MODELS)[options.model], options.size, dtype, ours_dtype
-    )
+    config = (TINY if options.tiny else MODELS)[options.model]
+    theirs, ours, exact, inputs = prepare(config, options.size, dtype, ours_dtype)
     context_timing = Timing()
     context_kv = timed(lambda: ours.project_context(inputs.context.to(ours_dtype)), context_timing)
     added = inputs.added(ours)

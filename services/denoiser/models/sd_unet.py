@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.denoiser.models.sd_unet_keys import diffusers_sources, is_ldm, ldm_sources
-from services.denoiser.models.sd_unet_params import LDM_PREFIX, SDUNetParams, params_from_config, params_from_ldm
+from services.denoiser.models.sd_unet_params import (
+    LDM_PREFIX,
+    SDUNetParams,
+    diffusers_places,
+    ldm_places,
+    params_from_config,
+    params_from_shapes,
+)
 from services.denoiser.models.unet_blocks import (
     CrossAttention,
     Downsample,
@@ -26,7 +33,7 @@ from services.denoiser.models.unet_blocks import (
 from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample
 from services.modeling.norms import GroupNorm
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, CheckpointError, load_weights
+from services.modeling.weights import Checkpoint, load_weights
 
 # Keys and values of all cross-attentions side by side, [B, L, sum of 2*C]: one tensor, so that one copy joins requests.
 ContextKV: TypeAlias = Tensor
@@ -186,15 +193,14 @@ def load_sd_unet(
 ) -> SDUNet:
     """Builds the UNet that `checkpoint` holds, in the original single-file layout or in diffusers'; its names tell.
 
-    `config` is diffusers' `unet/config.json`. The single file needs none: its dimensions are read from the shapes.
+    `config` is diffusers' `unet/config.json`; without one the dimensions are read from the shapes.
     Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
     """
     in_one_file = is_ldm(checkpoint.keys())
-    if config is None and not in_one_file:
-        raise CheckpointError(
-            f"{checkpoint} has no {LDM_PREFIX}* tensors; a UNet in diffusers' layout needs its config"
-        )
-    params = params_from_config(config) if config is not None else params_from_ldm(checkpoint)
+    if config is not None:
+        params = params_from_config(config)
+    else:
+        params = params_from_shapes(checkpoint, ldm_places(checkpoint) if in_one_file else diffusers_places(checkpoint))
     with torch.device("meta"):
         unet = SDUNet(params)
     find_sources, prefix = (ldm_sources, LDM_PREFIX) if in_one_file else (diffusers_sources, "")

@@ -1,4 +1,4 @@
-"""The dimensions of a Stable Diffusion UNet, 1.x or XL: from diffusers' config.json or from a single file's shapes."""
+"""The dimensions of a Stable Diffusion UNet, 1.x or XL: from diffusers' config.json or from the shapes."""
 
 import re
 from collections.abc import Mapping
@@ -20,8 +20,6 @@ _NORM_GROUPS = 32
 SIZES = 6
 """Numbers that SDXL is told of a picture's sizes: height and width of the original, crop from top and left, height and
 width of the target (Podell et al. 2023, section 2.2)."""
-
-_LDM_ADDED = "label_emb.0.0.weight"  # of SDXL only
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -111,26 +109,79 @@ def params_from_config(config: Mapping[str, Any]) -> SDUNetParams:
         raise CheckpointError(f"the UNet's config lacks the option {error}") from error
 
 
-def params_from_ldm(checkpoint: Checkpoint) -> SDUNetParams:
-    """Reads the dimensions off the shapes of the original single file's tensors."""
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a layout has what tells the dimensions; one for each level in the tuples.
+
+    conv_in, conv_out: the first and the last convolution.
+    added: the first layer of what embeds the added conditioning.
+    res_blocks: the first convolution of each level's first block.
+    transformers: each level's first, whether or not there is one.
+    middle: the transformer between.
+    blocks_per_level: residual blocks on the way down.
+    """
+
+    conv_in: str
+    conv_out: str
+    added: str
+    res_blocks: tuple[str, ...]
+    transformers: tuple[str, ...]
+    middle: str
+    blocks_per_level: int
+
+
+def ldm_places(checkpoint: Checkpoint) -> Places:
+    """Those of the original single file."""
     stages = {int(match[1]) for match in map(_INPUT_STAGE.match, checkpoint) if match}
-    downs = sorted(stage for stage in stages if _ldm(f"input_blocks.{stage}.0.op.weight") in checkpoint)
+    downs = sorted(stage for stage in stages if f"{LDM_PREFIX}input_blocks.{stage}.0.op.weight" in checkpoint)
     period = downs[0] if downs else len(stages)  # stage 0 is the first convolution, every period-th one a downsampling
-    firsts = [1 + level * period for level in range(len(downs) + 1)]
-    widths = tuple(_ldm_shape(checkpoint, f"input_blocks.{first}.0.in_layers.2.weight")[0] for first in firsts)
-    is_xl = _ldm(_LDM_ADDED) in checkpoint
+    firsts = [f"{LDM_PREFIX}input_blocks.{1 + level * period}" for level in range(len(downs) + 1)]
+    return Places(
+        conv_in=f"{LDM_PREFIX}input_blocks.0.0",
+        conv_out=f"{LDM_PREFIX}out.2",
+        added=f"{LDM_PREFIX}label_emb.0.0",
+        res_blocks=tuple(f"{first}.0.in_layers.2" for first in firsts),
+        transformers=tuple(f"{first}.1" for first in firsts),
+        middle=f"{LDM_PREFIX}middle_block.1",
+        blocks_per_level=period - 1,
+    )
+
+
+def diffusers_places(checkpoint: Checkpoint) -> Places:
+    """Those of a file in diffusers' layout."""
+    levels = range(_count(checkpoint, "down_blocks.{}.resnets.0.conv1.weight"))
+    return Places(
+        conv_in="conv_in",
+        conv_out="conv_out",
+        added="add_embedding.linear_1",
+        res_blocks=tuple(f"down_blocks.{level}.resnets.0.conv1" for level in levels),
+        transformers=tuple(f"down_blocks.{level}.attentions.0" for level in levels),
+        middle="mid_block.attentions.0",
+        blocks_per_level=_count(checkpoint, "down_blocks.0.resnets.{}.conv1.weight"),
+    )
+
+
+def params_from_shapes(checkpoint: Checkpoint, places: Places) -> SDUNetParams:
+    """Reads the dimensions off the shapes; what they don't tell is SDXL's if there is added conditioning, else SD1's.
+
+    Raises CheckpointError for half a UNet, and for one whose shapes are neither's.
+    """
+    is_xl = f"{places.added}.weight" in checkpoint
+    if not is_xl and len(_shape(checkpoint, f"{places.middle}.proj_in")) == 2:
+        raise CheckpointError(f"{checkpoint} holds a UNet that is neither of SD1.5 nor SDXL; it needs its config")
+    widths = tuple(_shape(checkpoint, name)[0] for name in places.res_blocks)
     size_width = _SDXL_SIZE_WIDTH if is_xl else 0
     return SDUNetParams(
-        in_channels=_ldm_shape(checkpoint, "input_blocks.0.0.weight")[1],
-        out_channels=_ldm_shape(checkpoint, "out.2.weight")[0],
+        in_channels=_shape(checkpoint, places.conv_in)[1],
+        out_channels=_shape(checkpoint, places.conv_out)[0],
         widths=widths,
-        blocks_per_level=period - 1,
-        layers=tuple(_ldm_layers(checkpoint, f"input_blocks.{first}.1") for first in firsts),
-        middle_layers=_ldm_layers(checkpoint, "middle_block.1"),
+        blocks_per_level=places.blocks_per_level,
+        layers=tuple(_count_layers(checkpoint, transformer) for transformer in places.transformers),
+        middle_layers=_count_layers(checkpoint, places.middle),
         heads=tuple(width // _SDXL_HEAD_WIDTH if is_xl else _SD1_HEADS for width in widths),
-        cross_attention_dim=_ldm_shape(checkpoint, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        cross_attention_dim=_shape(checkpoint, f"{places.middle}.transformer_blocks.0.attn2.to_k")[1],
         norm_groups=_NORM_GROUPS,
-        pooled_width=_ldm_shape(checkpoint, _LDM_ADDED)[1] - SIZES * size_width if is_xl else 0,
+        pooled_width=_shape(checkpoint, places.added)[1] - SIZES * size_width if is_xl else 0,
         size_width=size_width,
     )
 
@@ -213,18 +264,18 @@ def _check_params(params: SDUNetParams) -> None:
             raise CheckpointError(f"the UNet's config sets {option}={value!r}; only one whole number is known")
 
 
-def _ldm(name: str) -> str:
-    return f"{LDM_PREFIX}{name}"
+def _count(checkpoint: Checkpoint, template: str) -> int:
+    """How many numbers from 0 on make a tensor's name of a template."""
+    return len(list(takewhile(checkpoint.__contains__, (template.format(number) for number in count()))))
 
 
-def _ldm_layers(checkpoint: Checkpoint, transformer: str) -> int:
+def _count_layers(checkpoint: Checkpoint, transformer: str) -> int:
     """Layers of a transformer; 0 where there is none."""
-    names = (_ldm(f"{transformer}.transformer_blocks.{index}.norm1.weight") for index in count())
-    return len(list(takewhile(checkpoint.__contains__, names)))
+    return _count(checkpoint, f"{transformer}.transformer_blocks.{{}}.norm1.weight")
 
 
-def _ldm_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """The shape of a tensor that every single file of this architecture has."""
-    if _ldm(name) not in checkpoint:
-        raise CheckpointError(f"{checkpoint} lacks {_ldm(name)}; it isn't a whole Stable Diffusion UNet")
-    return checkpoint.shape(_ldm(name))
+def _shape(checkpoint: Checkpoint, layer: str) -> tuple[int, ...]:
+    """The shape of the weight of a layer that every UNet of this architecture has."""
+    if f"{layer}.weight" not in checkpoint:
+        raise CheckpointError(f"{checkpoint} lacks {layer}.weight; it isn't a whole Stable Diffusion UNet")
+    return checkpoint.shape(f"{layer}.weight")

@@ -222,10 +222,24 @@ def test_a_config_without_a_needed_option_is_refused() -> None:
         params_from_config({name: value for name, value in (SD15 | SD15_LEVELS).items() if name != "in_channels"})
 
 
-def test_diffusers_weights_without_a_config_are_refused(tmp_path: Path) -> None:
-    reference = reference_unet(**CONFIGS["one level"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_dimensions_of_diffusers_weights_without_a_config_are_read_from_their_shapes(
+    tmp_path: Path, case: str
+) -> None:
+    reference = reference_unet(**CONFIGS[case])
+    unet = load(saved(tmp_path / "unet.safetensors", reference.state_dict()), None)
+    assert unet.params == params_from_config(reference.config)
+
+
+def test_a_unet_that_is_neither_sd15_s_nor_sdxl_s_needs_its_config(tmp_path: Path) -> None:
+    reference = reference_unet(**CONFIGS["one level"], use_linear_projection=True)
     with pytest.raises(CheckpointError, match="needs its config"):
         load(saved(tmp_path / "unet.safetensors", reference.state_dict()), None)
+
+
+def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks mid_block\.attentions\.0\.proj_in\.weight; it isn't a whole"):
+        load(saved(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(1)}), None)
 
 
 def test_half_a_single_file_is_refused(tmp_path: Path) -> None:

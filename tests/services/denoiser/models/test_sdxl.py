@@ -62,7 +62,11 @@ def paths(reference: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFact
     tensors = {ldm_unet_name(name, reference.config): tensor for name, tensor in reference.state_dict().items()}
     others = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
     save_file({name: tensor.contiguous() for name, tensor in (tensors | others).items()}, folder / "x.safetensors")
-    return {"folder": folder / "model", "single file": folder / "x.safetensors"}
+    return {
+        "folder": folder / "model",
+        "single file": folder / "x.safetensors",
+        "folder's file alone": folder / "model" / "unet" / "diffusion_pytorch_model.safetensors",
+    }
 
 
 def load(path: Path) -> UNetDenoiser:
@@ -95,7 +99,7 @@ def predict(denoiser: UNetDenoiser, latents: Tensor, timesteps: Tensor) -> Tenso
     return denoiser.predict(latents, timesteps, rows)
 
 
-@pytest.mark.parametrize("layout", ["folder", "single file"])
+@pytest.mark.parametrize("layout", ["folder", "single file", "folder's file alone"])
 @pytest.mark.parametrize("size", [(16, 24), (11, 14)])
 def test_equals_diffusers(
     reference: UNet2DConditionModel, paths: dict[str, Path], layout: str, size: tuple[int, int]
@@ -114,8 +118,8 @@ def test_equals_diffusers(
 
 def test_both_layouts_give_the_same_bits(paths: dict[str, Path]) -> None:
     latents, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([981.0, 3.5])
-    folder, single = (predict(load(path), latents, timesteps) for path in paths.values())
-    assert torch.equal(folder, single)
+    folder, *others = (predict(load(path), latents, timesteps) for path in paths.values())
+    assert all(torch.equal(folder, other) for other in others)
 
 
 def test_a_picture_s_own_sizes_are_told_where_the_request_tells_none() -> None:
