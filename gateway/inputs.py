@@ -97,10 +97,11 @@ def with_size_of_picture(request: GenerateRequest, model: ModelDescription) -> G
     own, multiple = sizes[MEDIA_ROLE_IMAGE], size_multiple(model)
     scale = request.width / own[0] if request.width else request.height / own[1] if request.height else 1.0
     width, height = (round(side * scale / multiple) * multiple for side in own)
+    width, height = request.width or width, request.height or height
+    _check_drawable(width, height, own, model)
     sized = GenerateRequest()
     sized.CopyFrom(request)
-    sized.width, sized.height = request.width or width, request.height or height
-    _check_drawable(sized, own, model)
+    sized.width, sized.height = width, height
     return sized
 
 
@@ -111,14 +112,14 @@ def _size(index: int, given: MediaInput) -> tuple[int, int]:
         raise InvalidRequestError.of(f"inputs[{index}].data", f"({_name(given.role)}) {error}") from error
 
 
-def _check_drawable(sized: GenerateRequest, own: tuple[int, int], model: ModelDescription) -> None:
+def _check_drawable(width: int, height: int, own: tuple[int, int], model: ModelDescription) -> None:
     """Check a size that a picture gives; the width and height that a request says itself are checked as all are."""
     largest = largest_area(model)
-    if min(sized.width, sized.height) < MIN_PIXELS or sized.width * sized.height > largest:
+    if min(width, height) < MIN_PIXELS or width * height > largest:
         raise InvalidRequestError.of(
             "width",
-            f"the image has {own[0]}x{own[1]} pixels, which makes {sized.width}x{sized.height}; give a width and a "
-            f"height of {MIN_PIXELS} or more, and at most {largest} pixels in all: the image is scaled to them",
+            f"the image has {own[0]}x{own[1]} pixels, which makes {width}x{height}; give a width and a height "
+            f"of {MIN_PIXELS} or more, and at most {largest} pixels in all: the image is scaled to them",
         )
 
 

@@ -120,6 +120,12 @@ def test_what_is_no_picture_or_has_no_size_to_draw_is_refused(inputs: list[work.
         with_size_of_picture(GenerateRequest(inputs=inputs), MODEL)
 
 
+def test_a_proportion_beyond_all_sizes_is_refused() -> None:
+    request = GenerateRequest(inputs=[image(png(1, 60_000))], width=2**31 - 8)
+    with pytest.raises(InvalidRequestError, match=r"1x60000 pixels, which makes 2147483640x\d+; give a width"):
+        with_size_of_picture(request, MODEL)
+
+
 @pytest.mark.parametrize(
     ("inputs", "given", "strength"),
     [([PHOTO], {}, 0.8), ([PHOTO, MASK], {}, 1.0), ([MASK, PHOTO], {"strength": 0.25}, 0.25)],
