@@ -157,6 +157,10 @@ def preview_without_a_map(request: DenoiseRequest) -> None:
     request.preview.every_steps = 2
 
 
+def sizes_for_a_model_that_takes_none(request: DenoiseRequest) -> None:
+    request.size_conditioning.crop_left = 1
+
+
 def negative_checkpoints(request: DenoiseRequest) -> None:
     request.checkpoints.every_steps = -1
 
@@ -197,6 +201,7 @@ def conditioning_of_another_encoder(request: DenoiseRequest) -> None:
         (negative_seed, InvalidRequestError, "seed"),
         (negative_preview, InvalidRequestError, "preview.every_steps"),
         (preview_without_a_map, UnsupportedError, "fit_latent_preview.py"),
+        (sizes_for_a_model_that_takes_none, UnsupportedError, "size_conditioning"),
         (negative_checkpoints, InvalidRequestError, "checkpoints.every_steps"),
         (unknown_class, InvalidRequestError, "determinism"),
         (priority_too_high, InvalidRequestError, "context.priority"),

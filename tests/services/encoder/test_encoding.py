@@ -144,6 +144,7 @@ async def test_clip_skip_changes_the_conditioning(start: Start) -> None:
         (EncodeRequest(model="tiny"), InvalidRequestError, "prompts"),
         (EncodeRequest(model="tiny", prompts=["a"] * 65), InvalidRequestError, "prompts"),
         (EncodeRequest(model="tiny", prompts=["a"], clip_skip=4), InvalidRequestError, "clip_skip"),
+        (EncodeRequest(model="tiny", prompts=["a"], negative_prompts=2), InvalidRequestError, "negative_prompts"),
         (EncodeRequest(model="tiny", prompts=["a", "x" * 70_000]), InvalidRequestError, "prompts[1]"),
         (EncodeRequest(model="tiny", prompts=["a"], determinism=9), InvalidRequestError, "determinism"),  # type: ignore[arg-type]  # as a later client might send
         (EncodeRequest(model="nothing", prompts=["a"]), UnknownModelError, "nothing"),
