@@ -27,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 demo: $(VENV)/.runtime  ## words to a picture through all four services: leaves cat.png
-	$(BIN)/safelight generate "a cat" --seed 7 --output cat.png
+	$(BIN)/safelight generate "a cat face" --seed 7 --output cat.png
 
 test: $(VENV)/.dev  ## every test that needs no GPU and no network
 	$(BIN)/python -m pytest -q
