@@ -15,7 +15,9 @@ from google.rpc.status_pb2 import Status
 
 from safelight import errors
 from safelight.errors import (
+    CheckpointError,
     DeadlineExceededError,
+    DownloadError,
     FieldViolation,
     InternalError,
     InvalidRequestError,
@@ -40,6 +42,7 @@ CLASSES = [
     member
     for member in vars(errors).values()
     if inspect.isclass(member) and issubclass(member, SafelightError) and member is not SafelightError
+    if "reason" in vars(member)  # another arrives as its parent
 ]
 REASONS = [reason for reason in ErrorReason.keys() if reason != "ERROR_REASON_UNSPECIFIED"]  # noqa: SIM118
 
@@ -76,6 +79,12 @@ async def test_every_class_crosses_the_wire_with_all_it_says(error_class: type[S
         capacity="64",
     )
     assert facts(await over_the_wire(serve, sent)) == facts(sent)
+
+
+async def test_a_class_without_a_reason_of_its_own_arrives_as_its_parent(serve: Serve) -> None:
+    arrived = await over_the_wire(serve, DownloadError("the hub has no such model"))
+    assert type(arrived) is CheckpointError
+    assert arrived.message == "the hub has no such model"
 
 
 async def test_a_bare_error_arrives_without_violations_or_delay(serve: Serve) -> None:
