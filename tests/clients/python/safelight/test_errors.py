@@ -42,7 +42,7 @@ CLASSES = [
     member
     for member in vars(errors).values()
     if inspect.isclass(member) and issubclass(member, SafelightError) and member is not SafelightError
-    if "reason" in vars(member)  # another arrives as its parent
+    if member.__base__ is SafelightError or "reason" in vars(member)  # another arrives as its parent
 ]
 REASONS = [reason for reason in ErrorReason.keys() if reason != "ERROR_REASON_UNSPECIFIED"]  # noqa: SIM118
 
