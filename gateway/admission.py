@@ -201,9 +201,10 @@ def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
     """What a plan asks of the stages when its schedule has so many steps."""
     model, shape = plan.model.name, plan.latent_shape
     exact = plan.determinism == DETERMINISM_CLASS_EXACT
+    calls = steps_run(steps, plan.strength) * plan.calls_per_step
     return RequestWork(
         encode=Work(model, rows=2),  # the prompt and the negative prompt
-        denoise=steps_work(model, shape, steps_run(steps, plan.strength), plan.images[0].guidance.scale, exact),
+        denoise=steps_work(model, shape, calls, plan.images[0].guidance.scale, exact),
         decode=Work(model, shape),
         images=len(plan.images),
         encode_image=encode_image_work(model, shape) if plan.inputs.image else None,

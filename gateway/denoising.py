@@ -94,7 +94,7 @@ class Denoising:
         """One replica's events up to its result; what it spent is put into the ledger, however it ends."""
         spent = StageTiming(stage=_STAGE)
         try:
-            async with aclosing(self.calls.denoise(request, attempts.failed)) as events:
+            async with aclosing(self.calls.denoise(request, self.plan.calls_per_step, attempts.failed)) as events:
                 async for event in events:
                     if event.HasField("result"):
                         self.ledger.timings.append(event.result.timing)

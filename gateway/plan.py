@@ -59,6 +59,11 @@ class GenerationPlan:
         """How much of its input picture every picture replaces; 1 without one."""
         return self.images[0].strength if self.inputs.image else 1.0
 
+    @property
+    def calls_per_step(self) -> int:
+        """Model calls of a step of the sampler; its last step may take fewer."""
+        return self.model.denoiser.calls_per_step.get(self.images[0].sampling.sampler, 1)
+
     def with_model(self, model: ModelDescription) -> GenerationPlan:
         """The plan for another revision of its model: other weights, all else as it was told to the client."""
         context, images = WorkContext(), [_copy(image) for image in self.images]

@@ -102,10 +102,11 @@ class StageCalls:
             return response
 
     async def denoise(
-        self, request: DenoiseRequest, avoid: Collection[Replica]
+        self, request: DenoiseRequest, calls_per_step: int, avoid: Collection[Replica]
     ) -> AsyncGenerator[DenoiseResponse, None]:
         """What happens to one picture's latent; the last event is its result."""
-        async with self._call(self.stages.denoiser, request.context, denoise_work(request), avoid) as replica:
+        work = denoise_work(request, calls_per_step)
+        async with self._call(self.stages.denoiser, request.context, work, avoid) as replica:
             call = DenoiserServiceStub(replica.channel).Denoise(request, timeout=self.remaining_seconds())
             async with aclosing(events_within(call, self.settings.silence_seconds)) as events:
                 async for event in events:

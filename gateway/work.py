@@ -21,7 +21,7 @@ class Work:
         latent_shape: extents of the latent without its batch axis, of its plane alone where a picture is encoded; empty
             at the encoder.
         rows: rows that it takes of a batch.
-        passes: forward passes, one after the other: the denoiser's steps; 1 elsewhere.
+        passes: forward passes, one after the other: the denoiser's model calls; 1 elsewhere.
     """
 
     model: str
@@ -45,18 +45,18 @@ def encode_image_work(model: str, latent_shape: tuple[int, ...]) -> Work:
     return Work(model, latent_shape[1:])
 
 
-def denoise_work(request: DenoiseRequest) -> Work:
-    """The steps that are left."""
+def denoise_work(request: DenoiseRequest, calls_per_step: int = 1) -> Work:
+    """The steps that are left, each of so many model calls."""
     exact = request.determinism == DETERMINISM_CLASS_EXACT
     strength = request.strength if request.HasField("strength") else 1.0
     steps = steps_run(request.sampling.steps, strength) - request.resume_from.step
-    return steps_work(request.model, tuple(request.latent_shape), steps, request.guidance.scale, exact)
+    return steps_work(request.model, tuple(request.latent_shape), steps * calls_per_step, request.guidance.scale, exact)
 
 
-def steps_work(model: str, latent_shape: tuple[int, ...], steps: int, scale: float, exact: bool) -> Work:
-    """Denoising steps: guidance takes a second row, and in the exact class each row has a pass of its own."""
+def steps_work(model: str, latent_shape: tuple[int, ...], calls: int, scale: float, exact: bool) -> Work:
+    """Model calls in turn: guidance takes a second row, and in the exact class each row has a pass of its own."""
     rows = 2 if scale > 1 else 1
-    return Work(model, latent_shape, 1, steps * rows) if exact else Work(model, latent_shape, rows, steps)
+    return Work(model, latent_shape, 1, calls * rows) if exact else Work(model, latent_shape, rows, calls)
 
 
 def decode_work(request: DecodeRequest) -> Work:

@@ -1,4 +1,4 @@
-"""One step of a batch of requests on the device. Knows models and samplers; knows no gRPC and no event loop."""
+"""One model call of a batch of requests on the device. Knows models and samplers; knows no gRPC and no event loop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DenoiserEngine:
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
-        """Advance every job by one step in shared forward passes; all are of one batch key.
+        """Advance every job by one model call in shared forward passes; all are of one batch key.
 
         A job of the exact class comes alone. Returns when the device is done.
         """
@@ -112,7 +112,7 @@ class DenoiserEngine:
 def _forward(model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
     """One forward pass; the prediction for each row, with a batch axis of 1."""
     latents = torch.cat([model.sampling.noise.model_input(job.state.latents, _sigma(job)) for job, _ in rows])
-    timesteps = torch.tensor([job.plan.timesteps[job.state.step_index] for job, _ in rows], device=latents.device)
+    timesteps = torch.tensor([job.plan.timesteps[job.state.level] for job, _ in rows], device=latents.device)
     return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)
 
 
@@ -121,9 +121,9 @@ def _advance(process: NoiseProcess, job: DenoiseJob, prediction: Tensor) -> None
     if job.inpainting is not None:
         denoised = job.inpainting.blend(denoised)
     job.state = advance(job.plan, job.state, denoised, job.noise)
-    job.denoised = denoised if job.preview_due(job.state.step_index) else None
+    job.denoised = denoised if not job.state.calls and job.preview_due(job.state.step_index) else None
 
 
 def _sigma(job: DenoiseJob) -> float:
     """The noise level of its latents."""
-    return job.plan.sigmas[job.state.step_index]
+    return job.plan.sigmas[job.state.level]

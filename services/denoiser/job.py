@@ -41,8 +41,8 @@ class StepDone:
 
     Args:
         step: steps done.
-        seconds: of the forward pass.
-        batch_size: requests that shared it.
+        seconds: of its forward passes.
+        batch_size: requests that shared the last of them.
         checkpoint: the state after the step, where a checkpoint of it is due.
         denoised: the prediction of the finished latent [1, C, ...], where a preview of it is due.
     """
@@ -102,6 +102,7 @@ class DenoiseJob:
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     compute_seconds: float = 0.0
+    step_seconds: float = 0.0  # of the step under way
     first_step: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from services.common.executor import DeviceExecutor
 from services.common.metrics import Metrics
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob, StepDone
+from services.denoiser.sampling.sampler import calls_left
 from services.denoiser.scheduler import StepNeeds, StepScheduler
 from services.modeling.memory import is_out_of_memory
 
@@ -89,7 +90,7 @@ class DenoiseLoop:
             job,
             self._engine.batch_key(job),
             job.rows,
-            job.steps - job.state.step_index,
+            calls_left(job.plan, job.state),
             tenant=job.tenant,
             priority=job.priority,
             deadline=job.deadline,
@@ -166,14 +167,21 @@ class DenoiseLoop:
                 self._tell(job, seconds, len(batch))
 
     def _tell(self, job: DenoiseJob, seconds: float, batch_size: int) -> None:
-        """Tell a request of its step; if that was its last one, or the replica drains, it leaves."""
-        due = not job.done and job.checkpoints is not None and job.checkpoints.due(job.state, seconds / batch_size)
-        checkpoint = job.state if due else None
-        job.events.put_nowait(StepDone(job.state.step_index, seconds, batch_size, checkpoint, job.denoised))
+        """Tell a request of its step, if that has ended; if it was the last one, or the replica drains, it leaves."""
+        job.step_seconds += seconds
+        if not job.state.calls:
+            self._tell_of_step(job, batch_size)
         if job.done:
             self.forget(job)
         elif self.draining:
             self._end(job, _draining())
+
+    @staticmethod
+    def _tell_of_step(job: DenoiseJob, batch_size: int) -> None:
+        seconds, job.step_seconds = job.step_seconds, 0.0
+        due = not job.done and job.checkpoints is not None and job.checkpoints.due(job.state, seconds / batch_size)
+        checkpoint = job.state if due else None
+        job.events.put_nowait(StepDone(job.state.step_index, seconds, batch_size, checkpoint, job.denoised))
 
     async def _spill(self) -> None:
         if yielded := self._scheduler.to_spill():

@@ -39,7 +39,7 @@ async def read_checkpoint(
             field=_FIELD,
             stage="denoiser",
         )
-    largest = (1 + SAMPLERS[plan.sampler].history_length) * prod(latent_shape) * _FLOAT_BYTES + _OVERHEAD_BYTES
+    largest = (1 + SAMPLERS[plan.sampler].longest_history) * prod(latent_shape) * _FLOAT_BYTES + _OVERHEAD_BYTES
     if len(header.shape) != 1 or header.shape[0] > largest:
         raise InvalidRequestError.of(_FIELD, f"has shape {list(header.shape)}; must be [bytes], at most {largest}")
     payload = await reader.read(checkpoint.sampler_state, _FIELD)
@@ -58,19 +58,20 @@ def _checked_state(payload: Payload, step: int, plan: SamplingPlan, shape: tuple
 
 def _violations(state: SamplerState, step: int, plan: SamplingPlan, shape: tuple[int, ...]) -> Iterator[FieldViolation]:
     """What makes the state one that the plan can't have led to."""
-    steps, history_length = len(plan.timesteps), SAMPLERS[plan.sampler].history_length
+    steps, sampler = len(plan.timesteps), SAMPLERS[plan.sampler]
     if not 0 <= state.step_index < steps or state.step_index != step:
         yield FieldViolation(
             "resume_from.step", f"is {step}, the state's is {state.step_index}; both must be one of 0 to {steps - 1}"
         )
-    if len(state.history) != min(state.step_index, history_length):
+    if not 0 <= state.calls < (sampler.calls_per_step if state.step_index < steps - 1 else 1):
+        yield FieldViolation(_FIELD, f"has made {state.calls} calls of a step of sampler {plan.sampler!r}")
+    elif len(state.history) != (expected := sampler.history_length(state)):
         yield FieldViolation(
-            _FIELD,
-            f"has {len(state.history)} earlier predictions; sampler {plan.sampler!r} looks back on {history_length}",
+            _FIELD, f"keeps {len(state.history)} tensors; sampler {plan.sampler!r} then keeps {expected}"
         )
     if not 1 <= state.noise_draws <= state.step_index + 1:
         yield FieldViolation(_FIELD, f"has drawn noise {state.noise_draws} times in {state.step_index} steps")
-    for name, tensor in [("latents", state.latents), *(("an earlier prediction", each) for each in state.history)]:
+    for name, tensor in [("latents", state.latents), *(("a kept tensor", each) for each in state.history)]:
         yield from _tensor_violations(name, tensor, shape)
 
 

@@ -19,6 +19,7 @@ from services.denoiser.load import report_load
 from services.denoiser.loop import DenoiseLoop
 from services.denoiser.preparation import Preparation
 from services.denoiser.registry import LOADERS, Denoiser
+from services.denoiser.sampling.sampler import calls_per_step
 from services.denoiser.scheduler import SchedulerLimits, StepScheduler
 from services.denoiser.servicer import DenoiserServicer
 from services.denoiser.settings import DenoiserSettings, parse_tenant_weights
@@ -87,6 +88,7 @@ def _describe(name: str, model: Denoiser, settings: DenoiserSettings) -> ModelDe
     description = model.describe(name)
     description.denoiser.max_latent_area = settings.max_latent_area
     description.denoiser.max_steps = settings.max_steps
+    description.denoiser.calls_per_step.update(calls_per_step(model.sampling.samplers))
     if not description.denoiser.default_latent_frames:
         description.denoiser.inputs.extend(INPUTS)
     return description

@@ -19,7 +19,7 @@ class StepNeeds(Generic[Request]):
         request: its identity.
         batch_key: requests of equal key (model, latent shape, length of the conditioning) can share a forward pass.
         rows: rows it takes of a forward pass.
-        steps: steps still to do.
+        steps: model calls still to do, each of them a step for the scheduler.
         tenant: whose share of the device its steps count against.
         priority: higher goes first among the work of one tenant.
         deadline: seconds, on the clock of the scheduler's `now`, after which the result is worthless; None: never.

@@ -24,10 +24,12 @@ class GenerationOptions:
         strength: how much of the image is replaced, 0 to 1. None: 0.8, or 1 with a mask.
         steps: denoising steps.
         min_steps: the fewest steps to accept when the gateway is too busy for `steps`; None: rather a refusal.
-        sampler: "euler", "euler_ancestral", "ddim" or "dpmpp_2m".
+        sampler: one of the model's (`Client.models`): "euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m",
+            "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc", "lcm", "flow_match_euler" or "flow_match_heun".
         sampler_parameters: e.g. {"eta": 0.5}.
-        schedule: "scaled_linear", "karras" or "exponential".
-        schedule_parameters: e.g. {"rho": 7.0}.
+        schedule: one of the model's: "scaled_linear", "karras", "exponential", "beta", "sgm_uniform", "ddim", "ays",
+            "flow" or "flow_dynamic".
+        schedule_parameters: e.g. {"rho": 7.0} or {"shift": 3.0}.
         guidance_scale: of classifier-free guidance; at or below 1 the negative prompt is not used.
         distilled_guidance_scale: guidance that a distilled model takes as an input (FLUX.1-dev), instead of or beside
             the classifier-free one.

@@ -8,12 +8,18 @@ from typing import Any
 from safelight.errors import CheckpointError
 from services.common.manifest import ModelEntry
 from services.denoiser.sampling.model_sampling import ModelSampling
+from services.denoiser.sampling.parameters import NONE_GIVEN
 from services.denoiser.sampling.rectified_flow import RectifiedFlow
 from services.denoiser.sampling.variance_preserving import VariancePreserving
 from services.modeling.components import read_json
 
-STABLE_DIFFUSION_SAMPLERS = ("euler", "euler_ancestral", "ddim", "dpmpp_2m")
-FLOW_SAMPLERS = ("flow_match_euler", "dpmpp_2m")
+_SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc", "lcm")
+STABLE_DIFFUSION_SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", *_SOLVERS)
+STABLE_DIFFUSION_SCHEDULES = ("scaled_linear", "karras", "exponential", "beta", "sgm_uniform", "ddim", "ays")
+FLOW_SAMPLERS = ("flow_match_euler", "flow_match_heun", *_SOLVERS)
+
+AYS_SD15 = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
+AYS_SDXL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0)
 
 # The model's own value of a parameter of the flow schedules, by diffusers' name of it.
 _FLOW_PARAMETERS = {"shift": "shift", "shift_terminal": "shift_terminal"}
@@ -31,7 +37,9 @@ def scheduler_config(entry: ModelEntry) -> Mapping[str, Any] | None:
     return read_json(entry.paths[0] / "scheduler" / "scheduler_config.json")
 
 
-def stable_diffusion_sampling(config: Mapping[str, Any] | None = None) -> ModelSampling:
+def stable_diffusion_sampling(
+    config: Mapping[str, Any] | None = None, ays_timesteps: tuple[int, ...] = AYS_SD15
+) -> ModelSampling:
     """The sampling of Stable Diffusion 1.x, 2.x and XL; config: a scheduler_config.json, None for the usual one.
 
     Raises:
@@ -44,7 +52,8 @@ def stable_diffusion_sampling(config: Mapping[str, Any] | None = None) -> ModelS
     return ModelSampling(
         noise=noise,
         samplers=STABLE_DIFFUSION_SAMPLERS,
-        schedules={"scaled_linear": {}, "karras": {}, "exponential": {}},
+        schedules=dict.fromkeys(STABLE_DIFFUSION_SCHEDULES, NONE_GIVEN),
+        ays_timesteps=ays_timesteps,
     )
 
 
@@ -53,13 +62,14 @@ def flow_sampling(config: Mapping[str, Any], elements_per_token: int) -> ModelSa
 
     The default schedule is the dynamic one if the config says `use_dynamic_shifting`, else the static one.
     """
-    schedules = {"flow_dynamic": _given(config, _DYNAMIC_PARAMETERS), "flow": _given(config, _FLOW_PARAMETERS)}
-    if not config.get("use_dynamic_shifting"):
-        schedules = dict(reversed(schedules.items()))
+    static, dynamic = _given(config, _FLOW_PARAMETERS), _given(config, _DYNAMIC_PARAMETERS)
+    schedules: dict[str, Mapping[str, float]] = {"flow": static, "flow_dynamic": dynamic}
+    if config.get("use_dynamic_shifting"):
+        schedules = {"flow_dynamic": dynamic, "flow": static}
     return ModelSampling(
         noise=RectifiedFlow(num_train_timesteps=int(config.get("num_train_timesteps", 1000))),
         samplers=FLOW_SAMPLERS,
-        schedules=schedules,
+        schedules=schedules | dict.fromkeys(("karras", "exponential", "beta"), NONE_GIVEN),
         elements_per_token=elements_per_token,
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight.v1.work_pb2 import SizeConditioning
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
+from services.denoiser.models.scheduler_config import AYS_SDXL
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.unet_denoiser import UNetDenoiser, UNetFamily
@@ -49,7 +50,7 @@ def told_sizes(conditioning: PromptConditioning) -> tuple[int, int, int, int, in
     )
 
 
-SDXL = UNetFamily(name="sdxl", sample_size=128, added=PooledTextAndSizes())
+SDXL = UNetFamily(name="sdxl", sample_size=128, added=PooledTextAndSizes(), ays_timesteps=AYS_SDXL)
 
 
 def load_sdxl(entry: ModelEntry, device: torch.device) -> UNetDenoiser:

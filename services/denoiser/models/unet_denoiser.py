@@ -13,7 +13,7 @@ from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
-from services.denoiser.models.scheduler_config import scheduler_config, stable_diffusion_sampling
+from services.denoiser.models.scheduler_config import AYS_SD15, scheduler_config, stable_diffusion_sampling
 from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
@@ -46,11 +46,13 @@ class UNetFamily:
         name: "sd15" or "sdxl".
         sample_size: default width and height in latent elements, where no config says.
         added: what is added to the time features; None: nothing.
+        ays_timesteps: see `ModelSampling`.
     """
 
     name: str
     sample_size: int
     added: AddedConditioning | None = None
+    ays_timesteps: tuple[int, ...] = AYS_SD15
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class UNetDenoiser:
         return cls(
             family,
             place(unet, placement, unet.weight_blocks(), unet.full_precision()),
-            stable_diffusion_sampling(scheduler_config(entry)),
+            stable_diffusion_sampling(scheduler_config(entry), family.ays_timesteps),
             source.checkpoint.fingerprint,
             sample_size,
             entry.defaults_over(_DEFAULTS),

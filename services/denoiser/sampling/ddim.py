@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from services.denoiser.sampling.euler_ancestral import ancestral_sigmas
+from services.denoiser.sampling.step import StepInputs, StepOutput
 
 
-def ddim_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float) -> tuple[Tensor, float]:
-    """One step of Song et al. 2021 (DDIM), eq. 12: mean and standard deviation of the next latent.
+def ddim(step: StepInputs) -> StepOutput:
+    """One step of Song et al. 2021 (DDIM), eq. 12; variance-exploding space only.
 
     The paper's x_t is our x times sqrt(abar_t). Dividing eq. 12 by sqrt(abar_next) leaves x0 with weight 1 and turns
     the deviation of eq. 16 into sigma_up. At equal eta DDIM therefore is ancestral Euler; the two names differ in
     the eta that the field expects of them, 0 and 1.
     """
-    sigma_down, sigma_up = ancestral_sigmas(sigma, sigma_next, eta)
-    epsilon = (x - denoised) / sigma
-    return denoised + sigma_down * epsilon, sigma_up
+    sigma, sigma_next = step.sigma_pair
+    sigma_down, sigma_up = ancestral_sigmas(sigma, sigma_next, step.parameters["eta"])
+    epsilon = (step.x - step.denoised) / sigma
+    return StepOutput(step.denoised + sigma_down * epsilon, sigma_up)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from math import sqrt
 
-from torch import Tensor
-
 from services.denoiser.sampling.euler import euler_step
+from services.denoiser.sampling.step import StepInputs, StepOutput
 
 
 def ancestral_sigmas(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
@@ -19,9 +18,8 @@ def ancestral_sigmas(sigma: float, sigma_next: float, eta: float) -> tuple[float
     return sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
-def euler_ancestral_step(
-    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float
-) -> tuple[Tensor, float]:
-    """One step of k-diffusion's `sample_euler_ancestral`: mean and standard deviation of the next latent."""
-    sigma_down, sigma_up = ancestral_sigmas(sigma, sigma_next, eta)
-    return euler_step(x, denoised, sigma, sigma_down), sigma_up
+def euler_ancestral(step: StepInputs) -> StepOutput:
+    """k-diffusion's `sample_euler_ancestral`; variance-exploding space only."""
+    sigma, sigma_next = step.sigma_pair
+    sigma_down, sigma_up = ancestral_sigmas(sigma, sigma_next, step.parameters["eta"])
+    return StepOutput(euler_step(step.x, step.denoised, sigma, sigma_down), sigma_up)

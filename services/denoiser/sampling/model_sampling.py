@@ -15,6 +15,7 @@ class ModelSampling:
     noise: the process that it was trained with.
     samplers: names in SAMPLERS; the first is the default.
     schedules: names in SCHEDULES, each with the model's own values for its parameters; the first is the default.
+    ays_timesteps: the noise levels that "Align Your Steps" found for it, as timesteps from first to last.
     elements_per_token: elements of a latent's planes that one token of the network stands for; schedules whose shift
         follows the size of the latent count tokens.
     """
@@ -22,4 +23,5 @@ class ModelSampling:
     noise: NoiseProcess
     samplers: tuple[str, ...]
     schedules: Mapping[str, Mapping[str, float]]
+    ays_timesteps: tuple[int, ...] = ()
     elements_per_token: int = 1

@@ -6,11 +6,12 @@ goes from the first sigma straight to 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
 import numpy as np
+from scipy.special import betaincinv
 
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.noise_process import Float64Array, NoiseProcess
@@ -31,6 +32,32 @@ def karras(noise: NoiseProcess, steps: int, rho: float) -> Float64Array:
 def exponential(noise: NoiseProcess, steps: int) -> Float64Array:
     """Evenly spaced in log sigma (k-diffusion's `get_sigmas_exponential`)."""
     return _append_zero(np.exp(np.linspace(np.log(noise.sigma_max), np.log(noise.sigma_min), steps)))
+
+
+def beta_quantiles(noise: NoiseProcess, steps: int, alpha: float, beta: float) -> Float64Array:
+    """Quantiles of a beta distribution over sigma, dense at both ends (Lee et al. 2024, as diffusers does it)."""
+    quantiles = betaincinv(alpha, beta, np.linspace(1.0, 0.0, steps))
+    return _append_zero(noise.sigma_min + quantiles * (noise.sigma_max - noise.sigma_min))
+
+
+def sgm_uniform(noise: NoiseProcess, steps: int) -> Float64Array:
+    """Evenly spaced in the training timestep, the last one left out (Stability AI's generative-models)."""
+    first, last = noise.timesteps_at(np.array([noise.sigma_max, noise.sigma_min]))
+    return _append_zero(noise.sigmas_at(np.linspace(first, last, steps + 1)[:-1]))
+
+
+def ddim_spacing(noise: NoiseProcess, steps: int) -> Float64Array:
+    """Every (1000 // steps)-th training timestep, from 1 on ("leading" in Lin et al. 2024, Table 2, offset by 1)."""
+    last_timestep = noise.timesteps_at(np.array([noise.sigma_max])).round()
+    stride = (last_timestep + 1) // steps
+    return _append_zero(noise.sigmas_at(np.arange(steps)[::-1] * stride + 1))
+
+
+def ays(noise: NoiseProcess, timesteps: Sequence[int], steps: int) -> Float64Array:
+    """Align Your Steps (Sabour et al. 2024): log-linear between the noise levels found, the last of which becomes 0."""
+    log_sigmas = np.log(noise.sigmas_at(np.array(timesteps, dtype=np.float64)))
+    positions = np.linspace(0, len(timesteps) - 1, steps + 1)[:-1]
+    return _append_zero(np.exp(np.interp(positions, np.arange(len(timesteps)), log_sigmas)))
 
 
 def flow(steps: int, shift: float, shift_terminal: float, sigma_max: float, sigma_min: float) -> Float64Array:
@@ -107,6 +134,13 @@ SCHEDULES: dict[str, Schedule] = {
         lambda s: karras(s.noise, s.steps, **s.parameters), {"rho": Parameter(7.0, low=1.0, high=100.0)}
     ),
     "exponential": Schedule(lambda s: exponential(s.noise, s.steps)),
+    "beta": Schedule(
+        lambda s: beta_quantiles(s.noise, s.steps, **s.parameters),
+        {"alpha": Parameter(0.6, low=0.1, high=10.0), "beta": Parameter(0.6, low=0.1, high=10.0)},
+    ),
+    "sgm_uniform": Schedule(lambda s: sgm_uniform(s.noise, s.steps)),
+    "ddim": Schedule(lambda s: ddim_spacing(s.noise, s.steps)),
+    "ays": Schedule(lambda s: ays(s.noise, s.model.ays_timesteps, s.steps)),
     "flow": Schedule(
         lambda s: flow(s.steps, **s.parameters), {"shift": Parameter(1.0, low=0.01, high=100.0)} | _FLOW_PARAMETERS
     ),

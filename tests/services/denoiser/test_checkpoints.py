@@ -205,11 +205,15 @@ def too_much_history(request: DenoiseRequest) -> None:
 
 
 def wild_noise_draws(request: DenoiseRequest) -> None:
-    rewrite(request, position=torch.tensor([4, 1_000_000_000]))
+    rewrite(request, position=torch.tensor([4, 1_000_000_000, 0]))
+
+
+def calls_of_another_sampler(request: DenoiseRequest) -> None:
+    rewrite(request, position=torch.tensor([4, 1, 1]))
 
 
 def fractional_position(request: DenoiseRequest) -> None:
-    rewrite(request, position=torch.tensor([4.0, 1.0]))
+    rewrite(request, position=torch.tensor([4.0, 1.0, 0.0]))
 
 
 def scalar_position(request: DenoiseRequest) -> None:
@@ -232,8 +236,9 @@ def scalar_position(request: DenoiseRequest) -> None:
         (nan_latents, InvalidRequestError, "not finite"),
         (half_latents, InvalidRequestError, "float16"),
         (nan_history, InvalidRequestError, "not finite"),
-        (too_much_history, InvalidRequestError, "earlier predictions"),
-        (wild_noise_draws, InvalidRequestError, "noise"),
+        (too_much_history, InvalidRequestError, "keeps 2 tensors"),
+        (wild_noise_draws, InvalidRequestError, "drawn noise"),
+        (calls_of_another_sampler, InvalidRequestError, "calls of a step"),
         (fractional_position, InvalidRequestError, "not a serialised sampler state"),
         (scalar_position, InvalidRequestError, "not a serialised sampler state"),
     ],

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
+import pytest
 import torch
 
 from safelight.errors import DeadlineExceededError, StageDrainingError
@@ -19,6 +19,7 @@ from services.denoiser.job import BatchKey, DenoiseJob, StepDone
 from services.denoiser.loop import DenoiseLoop
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.planning import plan_sampling
+from services.denoiser.sampling.sampler import advance
 from services.denoiser.sampling.state import SamplerState
 from services.denoiser.scheduler import SchedulerLimits, StepScheduler
 from tests.support.model_samplings import STABLE_DIFFUSION
@@ -42,7 +43,7 @@ class GatedEngine:
         self._event_loop.call_soon_threadsafe(self.begun.put_nowait, list(jobs))
         self._gate.acquire()
         for job in jobs:
-            job.state = replace(job.state, step_index=job.state.step_index + 1)
+            job.state = advance(job.plan, job.state, torch.zeros(SHAPE), job.noise)
 
     def spill(self, jobs: Sequence[DenoiseJob]) -> int:
         self.spilled.extend(jobs)
@@ -88,8 +89,8 @@ async def running_loop(max_running: int = 4) -> AsyncIterator[Running]:
         running.executor.close()
 
 
-def job(steps: int = 5, *, deadline: float | None = None, exact: bool = False) -> DenoiseJob:
-    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], steps=steps)
+def job(steps: int = 5, *, deadline: float | None = None, exact: bool = False, sampler: str = "euler") -> DenoiseJob:
+    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], steps=steps, sampler=sampler)
     state = SamplerState(torch.zeros(SHAPE), 0, (), 1)
     return DenoiseJob("m", plan, NoiseSource(0, SHAPE), state, 1.0, None, None, deadline=deadline, exact=exact)
 
@@ -185,3 +186,27 @@ async def test_the_device_is_given_back_when_no_request_is_left() -> None:
         assert not running.left.is_set()  # not between its steps
         assert isinstance(await told(only), StepDone)
         await asyncio.wait_for(running.left.wait(), 30)
+
+
+async def test_a_step_of_two_calls_is_told_once_with_the_time_of_both() -> None:
+    async with running_loop() as running:
+        one = job(steps=2, sampler="heun")
+        running.loop.submit(one)
+        running.engine.let_go(3)
+        first, second = await told(one), await told(one)
+        assert isinstance(first, StepDone)
+        assert isinstance(second, StepDone)
+        assert (first.step, second.step, one.events.empty()) == (1, 2, True)
+        assert first.seconds + second.seconds == pytest.approx(one.compute_seconds)
+        assert running.engine.begun.qsize() == running.steps("useful") == 3
+
+
+async def test_a_request_leaves_a_draining_loop_between_the_calls_of_a_step() -> None:
+    async with running_loop() as running:
+        one = job(sampler="heun")
+        running.loop.submit(one)
+        await running.engine.begun.get()
+        running.loop.drain()
+        running.engine.let_go()
+        assert isinstance(await told(one), StageDrainingError)
+        assert (one.state.step_index, one.state.calls) == (0, 1)

@@ -20,7 +20,14 @@ def test_a_plan_pairs_each_sigma_with_the_timestep_it_was_trained_at() -> None:
 
 @pytest.mark.parametrize(
     ("sampler", "parameters"),
-    [("euler", {}), ("dpmpp_2m", {}), ("ddim", {"eta": 0.0}), ("euler_ancestral", {"eta": 1.0})],
+    [
+        ("euler", {}),
+        ("dpmpp_2m", {}),
+        ("ddim", {"eta": 0.0}),
+        ("euler_ancestral", {"eta": 1.0}),
+        ("dpmpp_2m_sde", {"eta": 1.0}),
+        ("dpmpp_3m_sde", {"eta": 1.0}),
+    ],
 )
 def test_each_sampler_has_the_defaults_of_the_field(sampler: str, parameters: Mapping[str, float]) -> None:
     assert (
@@ -52,8 +59,8 @@ def test_karras_takes_the_rho_of_the_paper_by_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "plms"}, "the model has no sampler 'plms'; choose from ddim, dpmpp_2m, euler, euler_ancestral"),
-        ({"schedule": "cosine"}, "the model has no schedule 'cosine'; choose from exponential, karras, scaled_linear"),
+        ({"sampler": "plms"}, "the model has no sampler 'plms'; choose from ddim, ddpm, deis, dpmpp_2m,"),
+        ({"schedule": "cosine"}, "the model has no schedule 'cosine'; choose from ays, beta, ddim, exponential,"),
         ({"sampler": "flow_match_euler"}, "the model has no sampler 'flow_match_euler'"),
         ({"strength": 1.7}, r"strength is 1.7, must be in \[0, 1\]"),
         ({"strength": float("nan")}, "strength is nan"),

@@ -1,6 +1,9 @@
 """Whole trajectories against diffusers, on the same noise levels and with the same draws of noise."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,75 +11,102 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
+from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
-from services.denoiser.sampling.sampler import advance, initial_state, is_done
-from tests.support.model_samplings import STABLE_DIFFUSION
+from services.denoiser.sampling.sampler import SAMPLERS, advance, initial_state, is_done
+from tests.support.model_samplings import FLOW, STABLE_DIFFUSION
 
 # diffusers turns tensors into arrays in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array_(_ implementation|wrap__):DeprecationWarning")
 
 Scheduler: TypeAlias = Any  # diffusers is not typed
 NOISE = STABLE_DIFFUSION.noise
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW_OPTIONS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SEED, SHAPE = 11, (1, 4, 8, 8)
 STEP_COUNTS = [1, 2, 5, 20, 50]
 
-
-def toy_epsilon(x_in: Tensor, timestep: float) -> Tensor:
-    """A nonlinear stand-in for the UNet: [1, C, H, W] -> the same shape."""
-    return torch.tanh(1.3 * x_in + 0.2 * x_in.roll(1, dims=-1) + np.cos(timestep / 150))
+SampleScale: TypeAlias = Callable[[float], float]
+"""sigma -> the scheduler's own latent over ours."""
 
 
-def our_trajectory(plan: SamplingPlan) -> list[Tensor]:
-    """The latents after each step, [1, C, H, W] in variance-exploding space."""
-    source = NoiseSource(SEED, SHAPE)
-    state = initial_state(NOISE.pure_noise(source.draw(0), plan.sigmas[0]))
-    trajectory = []
-    while not is_done(plan, state):
-        x, i = state.latents, state.step_index
-        epsilon = toy_epsilon(NOISE.model_input(x, plan.sigmas[i]), plan.timesteps[i])
-        state = advance(plan, state, NOISE.denoised(x, epsilon, plan.sigmas[i]), source)
-        trajectory.append(state.latents)
-    return trajectory
-
-
-def with_noise_levels_of(plan: SamplingPlan, scheduler: Scheduler) -> Scheduler:
-    """Replace what the scheduler derived from its own configuration by the plan's sigmas and timesteps."""
-    scheduler.set_timesteps(len(plan.timesteps))
-    scheduler.sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-    scheduler.timesteps = torch.tensor(plan.timesteps, dtype=torch.float32)
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
-def diffusers_trajectory(
-    plan: SamplingPlan, scheduler: Scheduler, sample_scale: Callable[[float], float], **step_options: Any
-) -> list[Tensor]:
-    """The latents after each step. sample_scale(sigma): the scheduler's own latent over the variance-exploding one."""
-    generator = torch.Generator("cpu").manual_seed(SEED)
-    sample = torch.randn(SHAPE, generator=generator) * plan.sigmas[0] * sample_scale(plan.sigmas[0])
-    trajectory = []
-    for i, timestep in enumerate(scheduler.timesteps):
-        epsilon = toy_epsilon(scheduler.scale_model_input(sample, timestep), plan.timesteps[i])
-        sample = scheduler.step(epsilon, timestep, sample, generator=generator, **step_options).prev_sample
-        trajectory.append(sample / sample_scale(plan.sigmas[i + 1]))
-    return trajectory
-
-
-def variance_exploding(sigma: float) -> float:
+def own_space(sigma: float) -> float:
     return 1.0
 
 
 def variance_preserving(sigma: float) -> float:
     return float((sigma**2 + 1) ** -0.5)
+
+
+def toy_model(x_in: Tensor, timestep: float) -> Tensor:
+    """A nonlinear stand-in for the network: [1, C, H, W] -> the same shape."""
+    return torch.tanh(1.3 * x_in + 0.2 * x_in.roll(1, dims=-1) + np.cos(timestep / 150))
+
+
+def our_trajectory(model: ModelSampling, plan: SamplingPlan) -> list[Tensor]:
+    """The latents after each step, [1, C, H, W] in the process's own space."""
+    source = NoiseSource(SEED, SHAPE)
+    state = initial_state(model.noise.pure_noise(source.draw(0), plan.sigmas[0]))
+    trajectory = []
+    while not is_done(plan, state):
+        x, sigma = state.latents, plan.sigmas[state.level]
+        prediction = toy_model(model.noise.model_input(x, sigma), plan.timesteps[state.level])
+        state = advance(plan, state, model.noise.denoised(x, prediction, sigma), source)
+        if not state.calls:
+            trajectory.append(state.latents)
+    return trajectory
+
+
+def with_noise_levels_of(plan: SamplingPlan, scheduler: Scheduler, dtype: torch.dtype = torch.float32) -> Scheduler:
+    """Replace what the scheduler derived from its own configuration by the plan's sigmas and timesteps.
+
+    diffusers' schedulers of two calls a step have the levels between first and last twice.
+    """
+    scheduler.set_timesteps(len(plan.timesteps))
+    sigmas, timesteps = torch.tensor(plan.sigmas, dtype=dtype), torch.tensor(plan.timesteps, dtype=dtype)
+    if SAMPLERS[plan.sampler].calls_per_step == 2:
+        sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+    scheduler.sigmas, scheduler.timesteps = sigmas, timesteps
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def diffusers_trajectory(
+    model: ModelSampling, plan: SamplingPlan, scheduler: Scheduler, scale: SampleScale = own_space, **options: Any
+) -> list[Tensor]:
+    """The latents after each step, in our space."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    sigmas = getattr(scheduler, "sigmas", torch.empty(0))
+    first = torch.randn(SHAPE, generator=generator).to(sigmas.dtype)
+    sample = model.noise.pure_noise(first, plan.sigmas[0]) * scale(plan.sigmas[0])
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generator
+    calls = SAMPLERS[plan.sampler].calls_per_step
+    trajectory: list[Tensor] = []
+    for i, timestep in enumerate(scheduler.timesteps):
+        x_in = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        prediction = toy_model(x_in, float(timestep))
+        sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
+        if (i + 1) % calls == 0 or i + 1 == len(scheduler.timesteps):
+            trajectory.append(sample / scale(plan.sigmas[len(trajectory) + 1]))
+    return trajectory
 
 
 def assert_same_trajectory(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -85,30 +115,82 @@ def assert_same_trajectory(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert max(errors) <= 1e-5, errors
 
 
-@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
-@pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_euler_equals_diffusers(schedule: str, steps: int) -> None:
-    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="euler", schedule=schedule, steps=steps)
-    scheduler = with_noise_levels_of(plan, EulerDiscreteScheduler(**BETAS))
-    assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_exploding))
+def multistep(**options: Any) -> Scheduler:
+    return DPMSolverMultistepScheduler(final_sigmas_type="zero", **options)
 
 
+DIFFUSION: dict[str, tuple[Callable[[], Scheduler], SampleScale]] = {
+    "euler": (lambda: EulerDiscreteScheduler(**BETAS), own_space),
+    "euler_ancestral": (lambda: EulerAncestralDiscreteScheduler(**BETAS), own_space),
+    "heun": (lambda: HeunDiscreteScheduler(**BETAS), own_space),
+    "dpmpp_2m": (lambda: multistep(**BETAS), variance_preserving),
+    "dpmpp_2m_sde": (lambda: multistep(**BETAS, algorithm_type="sde-dpmsolver++"), variance_preserving),
+    "unipc": (
+        lambda: UniPCMultistepScheduler(**BETAS, final_sigmas_type="zero"),
+        variance_preserving,
+    ),
+}
+
+RECTIFIED_FLOW: dict[str, Callable[[], Scheduler]] = {
+    "flow_match_euler": FlowMatchEulerDiscreteScheduler,
+    "flow_match_heun": FlowMatchHeunDiscreteScheduler,
+    "dpmpp_2m": lambda: multistep(**FLOW_OPTIONS),
+    "dpmpp_2m_sde": lambda: multistep(**FLOW_OPTIONS, algorithm_type="sde-dpmsolver++"),
+    "unipc": lambda: UniPCMultistepScheduler(**FLOW_OPTIONS, final_sigmas_type="zero"),
+    "lcm": FlowMatchLCMScheduler,
+}
+
+
+@pytest.mark.parametrize("sampler", DIFFUSION)
 @pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_euler_ancestral_equals_diffusers(schedule: str, steps: int) -> None:
+def test_on_a_diffusion_model_every_sampler_equals_diffusers(sampler: str, schedule: str, steps: int) -> None:
+    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler=sampler, schedule=schedule, steps=steps)
+    make, scale = DIFFUSION[sampler]
+    theirs = diffusers_trajectory(STABLE_DIFFUSION, plan, with_noise_levels_of(plan, make()), scale)
+    assert_same_trajectory(our_trajectory(STABLE_DIFFUSION, plan), theirs)
+
+
+# diffusers begins a little below pure noise where it takes a logarithm of alpha.
+FLOW_STARTS: Mapping[str, float] = {"dpmpp_2m": 0.999, "dpmpp_2m_sde": 0.999, "unipc": 0.999}
+
+
+@pytest.mark.parametrize("sampler", RECTIFIED_FLOW)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+def test_on_a_flow_every_sampler_equals_diffusers(sampler: str, shift: float, steps: int) -> None:
     plan = plan_sampling(
-        STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="euler_ancestral", schedule=schedule, steps=steps
+        FLOW,
+        latent_shape=SHAPE[1:],
+        sampler=sampler,
+        schedule="flow",
+        schedule_parameters={"shift": shift, "sigma_max": FLOW_STARTS.get(sampler, 1.0)},
+        steps=steps,
     )
-    scheduler = with_noise_levels_of(plan, EulerAncestralDiscreteScheduler(**BETAS))
-    assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_exploding))
+    scheduler = with_noise_levels_of(plan, RECTIFIED_FLOW[sampler]())
+    assert_same_trajectory(our_trajectory(FLOW, plan), diffusers_trajectory(FLOW, plan, scheduler))
 
 
-@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
-@pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_dpmpp_2m_equals_diffusers(schedule: str, steps: int) -> None:
-    plan = plan_sampling(STABLE_DIFFUSION, latent_shape=SHAPE[1:], sampler="dpmpp_2m", schedule=schedule, steps=steps)
-    scheduler = with_noise_levels_of(plan, DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="zero"))
-    assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_preserving))
+@pytest.mark.parametrize("steps", STEP_COUNTS[1:])
+def test_deis_equals_diffusers_up_to_the_last_step(steps: int) -> None:
+    """diffusers' DEIS can't go to sigma 0; there ours returns x0, as all samplers do.
+
+    Its x / alpha loses a float32's digits where alpha is 0.001, so it runs in float64 here.
+    """
+    for model, options, scale in ((STABLE_DIFFUSION, BETAS, variance_preserving), (FLOW, FLOW_OPTIONS, own_space)):
+        start = {"sigma_max": 0.999} if model is FLOW else {}
+        plan = plan_sampling(model, latent_shape=SHAPE[1:], sampler="deis", steps=steps, schedule_parameters=start)
+        scheduler = with_noise_levels_of(plan, DEISMultistepScheduler(**options), torch.float64)
+        scheduler.sigmas[-1] = scheduler.sigmas[-2] / 2
+        theirs = diffusers_trajectory(model, plan, scheduler, scale)
+        assert_same_trajectory(our_trajectory(model, plan)[:-1], theirs[:-1])
+
+
+def plan_at(sampler: str, scheduler: Scheduler, **parameters: float) -> SamplingPlan:
+    """The scheduler's own timesteps."""
+    timesteps = scheduler.timesteps.numpy().astype(np.float64)
+    sigmas = (*NOISE.sigmas_at(timesteps).tolist(), 0.0)
+    return SamplingPlan(sampler, sigmas, (1.0,) * len(sigmas), tuple(timesteps.tolist()), parameters)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -117,7 +199,85 @@ def test_dpmpp_2m_equals_diffusers(schedule: str, steps: int) -> None:
 def test_ddim_equals_diffusers_on_its_own_timesteps(eta: float, spacing: str, steps: int) -> None:
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.numpy().astype(np.float64)
-    sigmas = (*NOISE.sigmas_at(timesteps).tolist(), 0.0)
-    plan = SamplingPlan("ddim", sigmas, (1.0,) * len(sigmas), tuple(timesteps.tolist()), {"eta": eta})
-    assert_same_trajectory(our_trajectory(plan), diffusers_trajectory(plan, scheduler, variance_preserving, eta=eta))
+    plan = plan_at("ddim", scheduler, eta=eta)
+    theirs = diffusers_trajectory(STABLE_DIFFUSION, plan, scheduler, variance_preserving, eta=eta)
+    assert_same_trajectory(our_trajectory(STABLE_DIFFUSION, plan), theirs)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+def test_ddpm_equals_diffusers_on_its_own_timesteps(spacing: str, steps: int) -> None:
+    scheduler = DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    plan = plan_at("ddpm", scheduler)
+    theirs = diffusers_trajectory(STABLE_DIFFUSION, plan, scheduler, variance_preserving)
+    assert_same_trajectory(our_trajectory(STABLE_DIFFUSION, plan), theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_lcm_equals_diffusers_on_its_own_timesteps(steps: int) -> None:
+    scheduler = LCMScheduler(**BETAS)
+    scheduler.set_timesteps(steps)
+    plan = plan_at("lcm", scheduler)
+    theirs = diffusers_trajectory(STABLE_DIFFUSION, plan, scheduler, variance_preserving)
+    assert_same_trajectory(our_trajectory(STABLE_DIFFUSION, plan), theirs)
+
+
+@pytest.mark.parametrize("model", [STABLE_DIFFUSION, FLOW], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+def test_dpmpp_3m_sde_equals_the_integral_of_its_taylor_polynomial(
+    model: ModelSampling, eta: float, steps: int
+) -> None:
+    """k-diffusion's sampler, with its integrals over lambda done by quadrature.
+
+    x' = sigma' / sigma e^(-eta h) x + alpha' integral of (1 + eta) e^(-(1 + eta)(h - tau)) D(tau), where D is a Taylor
+    polynomial in tau / h with the differences of Lu et al. 2022 for its derivatives.
+    """
+    start = {"sigma_max": 0.999} if model is FLOW else {}
+    plan = plan_sampling(
+        model,
+        latent_shape=SHAPE[1:],
+        sampler="dpmpp_3m_sde",
+        sampler_parameters={"eta": eta},
+        schedule_parameters=start,
+        steps=steps,
+    )
+    assert_same_trajectory(our_trajectory(model, plan), taylor_trajectory(model, plan, eta))
+
+
+def taylor_trajectory(model: ModelSampling, plan: SamplingPlan, eta: float) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    x = model.noise.pure_noise(torch.randn(SHAPE, generator=generator), plan.sigmas[0]).double()
+    seen: list[Tensor] = []
+    trajectory: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas, plan.sigmas[1:], strict=False)):
+        prediction = toy_model(model.noise.model_input(x, sigma), plan.timesteps[i])
+        seen.insert(0, model.noise.denoised(x, prediction, sigma))
+        if sigma_next == 0:
+            x = seen[0]
+        else:
+            h = plan.lambdas[i + 1] - plan.lambdas[i]
+            drift = plan.alphas[i + 1] * integral(h, eta, plan.lambdas, seen, i)
+            noise = torch.randn(SHAPE, generator=generator) if eta else torch.zeros(SHAPE)
+            deviation = sigma_next * np.sqrt(1 - np.exp(-2 * eta * h))
+            x = np.exp(-eta * h) * sigma_next / sigma * x + drift + deviation * noise
+        trajectory.append(x)
+    return trajectory
+
+
+def integral(h: float, eta: float, lambdas: tuple[float, ...], seen: list[Tensor], i: int) -> Tensor:
+    """Gauss-Legendre quadrature of the polynomial under the exponential weight."""
+    divided = [(seen[k] - seen[k + 1]) / (lambdas[i - k] - lambdas[i - k - 1]) for k in range(min(i, 2))]
+    slope = curvature = torch.zeros(SHAPE, dtype=torch.float64)
+    if divided:
+        slope = divided[0]
+    if len(divided) == 2:
+        curvature = (divided[0] - divided[1]) / (lambdas[i] - lambdas[i - 2])
+        slope = slope + curvature * (lambdas[i] - lambdas[i - 1])
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    total = torch.zeros(SHAPE, dtype=torch.float64)
+    for tau, weight in zip((nodes + 1) * h / 2, weights * h / 2, strict=True):
+        density = (1 + eta) * np.exp(-(1 + eta) * (h - tau))
+        total += weight * density * (seen[0] + slope * tau + curvature * tau**2 / 2)
+    return total

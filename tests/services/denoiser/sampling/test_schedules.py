@@ -1,13 +1,27 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.schedulers import AysSchedules
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.denoiser.models.scheduler_config import AYS_SD15, AYS_SDXL
 from services.denoiser.sampling.noise_process import Float64Array
 from services.denoiser.sampling.planning import plan_sampling
-from services.denoiser.sampling.schedules import exponential, flow, flow_dynamic, karras, scaled_linear
+from services.denoiser.sampling.schedules import (
+    ays,
+    beta_quantiles,
+    ddim_spacing,
+    exponential,
+    flow,
+    flow_dynamic,
+    karras,
+    scaled_linear,
+    sgm_uniform,
+)
 from tests.support.model_samplings import FLOW, STABLE_DIFFUSION
 
 # diffusers turns tensors into arrays in a way that numpy 2 deprecates.
@@ -26,29 +40,33 @@ def sigmas_of(schedule: str, steps: int) -> Float64Array:
     return np.array(plan_sampling(STABLE_DIFFUSION, latent_shape=(4, 64, 64), steps=steps, schedule=schedule).sigmas)
 
 
-def diffusers_sigmas(steps: int, **options: bool) -> Float64Array:
+def diffusers_sigmas(steps: int, **options: Any) -> Float64Array:
     scheduler = EulerDiscreteScheduler(**BETAS, **options)
     scheduler.set_timesteps(steps)
     return np.asarray(scheduler.sigmas.numpy(), dtype=np.float64)
 
 
+SPANS = ["scaled_linear", "karras", "exponential", "beta"]
+"""Schedules whose last noise level before 0 is sigma_min."""
+
+
 @pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
 @given(steps=st.integers(1, 300))
-def test_every_schedule_falls_from_sigma_max_to_zero(schedule: str, steps: int) -> None:
+def test_every_schedule_falls_to_zero(schedule: str, steps: int) -> None:
     sigmas = sigmas_of(schedule, steps)
     assert sigmas.shape == (steps + 1,)
     assert sigmas.dtype == np.float64
-    assert sigmas[0] == pytest.approx(NOISE.sigma_max, rel=1e-12)
     assert sigmas[-1] == 0.0
     assert (np.diff(sigmas) < 0).all()
 
 
-@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
-def test_one_step_goes_from_sigma_max_to_zero(schedule: str) -> None:
-    np.testing.assert_allclose(sigmas_of(schedule, 1), [NOISE.sigma_max, 0.0], rtol=1e-12)
+@pytest.mark.parametrize("schedule", [*SPANS, "sgm_uniform", "ays"])
+@given(steps=st.integers(1, 300))
+def test_every_schedule_but_ddims_begins_at_sigma_max(schedule: str, steps: int) -> None:
+    assert sigmas_of(schedule, steps)[0] == pytest.approx(NOISE.sigma_max, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", STABLE_DIFFUSION.schedules)
+@pytest.mark.parametrize("schedule", SPANS)
 @given(steps=st.integers(2, 300))
 def test_from_two_steps_on_the_last_noise_level_is_sigma_min(schedule: str, steps: int) -> None:
     assert sigmas_of(schedule, steps)[-2] == pytest.approx(NOISE.sigma_min, rel=1e-12)
@@ -89,6 +107,47 @@ def test_karras_is_linear_in_the_root_of_sigma(rho: float) -> None:
     np.testing.assert_allclose(np.diff(roots, 2), 0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [2, 5, 20, 50])
+def test_beta_equals_diffusers(steps: int) -> None:
+    expected = diffusers_sigmas(steps, use_beta_sigmas=True)
+    np.testing.assert_allclose(beta_quantiles(NOISE, steps, 0.6, 0.6), expected, rtol=DIFFUSERS_RTOL)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20, 30, 50])
+def test_ddim_equals_diffusers_leading_timesteps(steps: int) -> None:
+    expected = diffusers_sigmas(steps, timestep_spacing="leading", steps_offset=1)
+    np.testing.assert_allclose(ddim_spacing(NOISE, steps), expected, rtol=DIFFUSERS_RTOL)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20, 30, 50])
+def test_sgm_uniform_is_a_step_longer_scaled_linear_without_its_last(steps: int) -> None:
+    expected = np.delete(scaled_linear(NOISE, steps + 1), -2)
+    np.testing.assert_allclose(sgm_uniform(NOISE, steps), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("table", "timesteps", "sigmas"),
+    [
+        (AYS_SD15, "StableDiffusionTimesteps", "StableDiffusionSigmas"),
+        (AYS_SDXL, "StableDiffusionXLTimesteps", "StableDiffusionXLSigmas"),
+    ],
+)
+def test_ays_at_its_ten_steps_is_the_table_of_diffusers(table: tuple[int, ...], timesteps: str, sigmas: str) -> None:
+    ours = ays(NOISE, table, 10)
+    assert list(table[:-1]) == AysSchedules[timesteps]
+    np.testing.assert_allclose(ours, AysSchedules[sigmas], rtol=2e-2)
+    scheduler = EulerDiscreteScheduler(**BETAS)
+    scheduler.set_timesteps(timesteps=AysSchedules[timesteps])
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=DIFFUSERS_RTOL)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 40])
+def test_ays_at_other_steps_is_linear_in_log_sigma_between_its_levels(steps: int) -> None:
+    levels = np.log(NOISE.sigmas_at(np.array(AYS_SD15, dtype=np.float64)))
+    expected = np.exp(np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, 11), levels))
+    np.testing.assert_allclose(ays(NOISE, AYS_SD15, steps)[:-1], expected[:-1], rtol=1e-12)
+
+
 @pytest.mark.parametrize("schedule", FLOW.schedules)
 @given(steps=st.integers(1, 300), side=st.sampled_from([2, 32, 64, 128, 256]))
 def test_every_flow_schedule_falls_from_pure_noise_to_zero(schedule: str, steps: int, side: int) -> None:
@@ -104,6 +163,15 @@ def test_a_static_shift_is_that_of_diffusers(shift: float, steps: int) -> None:
     scheduler.set_timesteps(steps)
     ours = flow(steps, shift=shift, shift_terminal=0.0, sigma_max=0.999, sigma_min=0.0)
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=DIFFUSERS_RTOL, atol=2e-7)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("steps", [2, 5, 20, 50])
+def test_on_a_flow_the_other_spacings_are_those_of_diffusers(schedule: str, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(**{f"use_{schedule}_sigmas": True})
+    scheduler.set_timesteps(steps)
+    ours = plan_sampling(FLOW, latent_shape=(16, 8, 8), steps=steps, schedule=schedule).sigmas
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), rtol=DIFFUSERS_RTOL)
 
 
 @pytest.mark.parametrize("shift_terminal", [0.0, 0.02])
