@@ -269,6 +269,7 @@ class OffloadedWeights:
 
     def _leave(self) -> None:
         """Only what stays is on the device afterwards."""
+        before = self.account.resident_bytes
         for slot in self._slots:
             self._wait(slot.arrival)
             self.account.take(-slot.memory.numel())
@@ -280,7 +281,8 @@ class OffloadedWeights:
                 visitor.room = visitor.arrival = None
         self._slots.clear()
         self._last = None
-        self._transfer.trim()
+        if self.account.resident_bytes < before:
+            self._transfer.trim()
 
 
 def _flatten(blocks: Sequence[WeightBlock]) -> list[FlatWeights]:
