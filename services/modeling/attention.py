@@ -53,43 +53,42 @@ def _fused_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
     batch, heads, length, width = q_BHLD.shape
     out_BLHD = q_BHLD.new_empty(batch, length, heads, width)
     for b in range(batch):
-        q_HLW, k_HSW = _shifted_logit_factors(q_BHLD[b], k_BHSD[b])
-        v_HWS = _values_and_ones(v_BHSD[b])
-        for h in range(heads):
-            if not _attend(q_HLW[h], k_HSW[h], v_HWS[h], out_BLHD[b, :, h]):
+        for h in range(heads):  # one by one, so that what is made on the way stays in the CPU's cache
+            q_LW, k_SW = _shifted_logit_factors(q_BHLD[b, h], k_BHSD[b, h])
+            if not _attend(q_LW, k_SW, _values_and_ones(v_BHSD[b, h]), out_BLHD[b, :, h]):
                 head = (slice(b, b + 1), slice(h, h + 1))
                 out_BLHD[b, :, h] = F.scaled_dot_product_attention(q_BHLD[head], k_BHSD[head], v_BHSD[head])[0, 0]
     return out_BLHD.flatten(2)
 
 
-def _shifted_logit_factors(q_HLD: Tensor, k_HSD: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices [H, L, W] and [H, S, W] whose product is the logits less each row's mean and shift."""
-    (heads, length, width), keys = q_HLD.shape, k_HSD.shape[1]
-    k = k_HSD.float()
-    k = (k - k.mean(1, keepdim=True)) / math.sqrt(width)  # takes a constant off each row of logits
-    covariance = (k.mT @ k / keys).to(q_HLD.dtype)
-    deviation = (q_HLD @ covariance).mul_(q_HLD).sum(-1, dtype=torch.float32).clamp_(min=0).sqrt_()
-    q_HLW = q_HLD.new_zeros(heads, length, _padded(width))
-    q_HLW[..., :width] = q_HLD
-    q_HLW[..., width] = _AIM - math.log(keys) - _SUM_SLOPE * deviation
-    k_HSW = k_HSD.new_zeros(heads, keys, _padded(width))
-    k_HSW[..., :width] = k
-    k_HSW[..., width] = 1
-    return q_HLW, k_HSW
+def _shifted_logit_factors(q_LD: Tensor, k_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices [L, W] and [S, W] whose product is a head's logits less each row's mean and shift."""
+    (length, width), keys = q_LD.shape, len(k_SD)
+    k = k_SD.float()
+    k = (k - k.mean(0)).div_(math.sqrt(width))  # takes a constant off each row of logits
+    covariance = (k.mT @ k / keys).to(q_LD.dtype)
+    deviation = (q_LD @ covariance).mul_(q_LD).sum(-1, dtype=torch.float32).clamp_(min=0).sqrt_()
+    q_LW = q_LD.new_zeros(length, _padded(width))
+    q_LW[:, :width] = q_LD
+    q_LW[:, width] = _AIM - math.log(keys) - _SUM_SLOPE * deviation
+    k_SW = k_SD.new_zeros(keys, _padded(width))
+    k_SW[:, :width] = k
+    k_SW[:, width] = 1
+    return q_LW, k_SW
 
 
-def _values_and_ones(v_HSD: Tensor) -> Tensor:
-    """Values as [H, W, S]; the columns beyond D hold ones and so yield the sums of the exponentials.
+def _values_and_ones(v_SD: Tensor) -> Tensor:
+    """A head's values as [W, S]; the columns beyond D hold ones and so yield the sums of the exponentials.
 
     Each of them sums over another part of the keys, so that their roundings to bfloat16 average out.
     """
-    heads, keys, width = v_HSD.shape
+    keys, width = v_SD.shape
     spare = _padded(width) - width
-    v_HWS = v_HSD.new_zeros(heads, width + spare, keys)
-    v_HWS[:, :width] = v_HSD.mT
+    v_WS = v_SD.new_zeros(width + spare, keys)
+    v_WS[:width] = v_SD.mT
     for part in range(spare):
-        v_HWS[:, width + part, part::spare] = 1
-    return v_HWS
+        v_WS[width + part, part::spare] = 1
+    return v_WS
 
 
 def _attend(q_LW: Tensor, k_SW: Tensor, v_WS: Tensor, out_LD: Tensor) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
+from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotations
 from services.denoiser.models.flux_dit_keys import find_layout
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
@@ -32,6 +32,7 @@ from services.modeling.weights import Checkpoint, load_weights
 PATCH = 2  # a token is 2 x 2 latent elements
 MLP_RATIO = 4
 TIME_FEATURES = 256
+STRIP_TOKENS = 64
 SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
 
 
@@ -86,18 +87,21 @@ class DoubleBlock(nn.Module):
     def forward(self, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """image: [B, S, W], text: [B, L, W], vector: [B, W] after its SiLU -> both, one block on."""
         for_image, for_text = self.modulation(vector)[:, None].chunk(2, dim=-1)
-        joint = [
-            self._qkv(stream, x, parts)
-            for stream, x, parts in ((self.text, text, for_text), (self.image, image, for_image))
-        ]
-        qk, v = (torch.cat(parts, dim=1) for parts in zip(*joint, strict=True))
-        text_out, image_out = torch.split(attend(qk, v, rope), [text.shape[1], image.shape[1]], dim=1)
+        lengths = [text.shape[1], image.shape[1]]
+        qk = image.new_empty(len(image), sum(lengths), 2, self.heads, image.shape[-1] // self.heads)
+        (text_qk, image_qk), (text_rope, image_rope) = torch.split(qk, lengths, dim=1), torch.split(rope, lengths)
+        text_v = self._qkv(self.text, text, for_text, text_rope, text_qk)
+        image_v = self._qkv(self.image, image, for_image, image_rope, image_qk)
+        text_out, image_out = torch.split(attend(qk, torch.cat([text_v, image_v], dim=1)), lengths, dim=1)
         return self._rest(self.image, image, image_out, for_image), self._rest(self.text, text, text_out, for_text)
 
-    def _qkv(self, stream: Stream, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed queries and keys [B, T, 2, H, D], values [B, T, W] of T tokens."""
+    @staticmethod
+    def _qkv(stream: Stream, x: Tensor, modulation: Tensor, rope: Tensor, qk: Tensor) -> Tensor:
+        """Writes queries and keys [B, T, 2, H, D] of T tokens, and returns their values [B, T, W]."""
         shift, scale = modulation.chunk(6, dim=-1)[:2]
-        return split_qkv(stream.to_qkv(modulated_norm(x, shift, scale)), stream.qk_norm, self.heads)
+        qkv = stream.to_qkv(modulated_norm(x, shift, scale))
+        place_queries_and_keys(qkv, stream.qk_norm, rope, qk)
+        return qkv[..., 2 * x.shape[-1] :]
 
     @staticmethod
     def _rest(stream: Stream, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
@@ -123,7 +127,10 @@ class SingleBlock(TensorModule):
         """x: [B, N, W], vector: [B, W] after its SiLU -> [B, N, W]."""
         shift, scale, gate = self.modulation(vector)[:, None].chunk(3, dim=-1)
         normed = modulated_norm(x, shift, scale)
-        attended = attend(*split_qkv(self.to_qkv(normed), self.qk_norm, self.heads), rope)
+        qkv = self.to_qkv(normed)
+        qk = x.new_empty(*x.shape[:2], 2, self.heads, x.shape[-1] // self.heads)
+        place_queries_and_keys(qkv, self.qk_norm, rope, qk)
+        attended = attend(qk, qkv[..., 2 * x.shape[-1] :])
         return torch.addcmul(x, gate, self.to_out(torch.cat([attended, self.mlp_in(normed)], dim=-1)))
 
 
@@ -187,17 +194,25 @@ class FluxDiT(TensorModule):
         return [each for each in (self.time_in, self.vector_in, self.guidance_in) if each is not None]
 
 
-def split_qkv(qkv: Tensor, qk_norm: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """[B, T, 3 W] -> queries and keys [B, T, 2, H, D], float32 and RMS-normed per head, and values [B, T, W]."""
-    width = qkv.shape[-1] // 3
-    qk = qkv[..., : 2 * width].view(*qkv.shape[:2], 2, heads, -1).float()
+def place_queries_and_keys(qkv: Tensor, qk_norm: Tensor, rope: Tensor, out: Tensor) -> None:
+    """RMS-norms queries and keys per head and turns them to their positions, in float32.
+
+    qkv: [B, T, 3 W], whose numbers are overwritten where they are float32, qk_norm: [2 D], rope: [T, D/2], out:
+    [B, T, 2, H, D].
+    """
     weight = qk_norm.float().view(2, 1, -1)
-    return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPS) * weight, qkv[..., 2 * width :]
+    # On a CPU strip by strip: fresh memory for all tokens at once takes ten times as long as the computation in cache.
+    strip = STRIP_TOKENS if qkv.device.type == "cpu" else qkv.shape[1]
+    for tokens in (slice(start, start + strip) for start in range(0, qkv.shape[1], strip)):
+        x = qkv[:, tokens, : out[0, 0].numel()].view(out[:, tokens].shape).float()
+        x.mul_(x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()).mul_(weight)
+        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rope[tokens, None, None])
+        out[:, tokens] = x
 
 
-def attend(qk: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-    """Attention of all tokens to all. qk: [B, N, 2, H, D] float32 without positions, v: [B, N, W] -> [B, N, W]."""
-    q, k = rotate(qk, rope).to(v.dtype).flatten(3).unbind(2)
+def attend(qk: Tensor, v: Tensor) -> Tensor:
+    """Attention of all tokens to all. qk: [B, N, 2, H, D], v: [B, N, W] -> [B, N, W]."""
+    q, k = qk.flatten(3).unbind(2)
     return attention(q, k, v, heads=qk.shape[3])
 
 
