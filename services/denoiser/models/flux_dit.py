@@ -33,6 +33,7 @@ PATCH = 2  # a token is 2 x 2 latent elements
 MLP_RATIO = 4
 TIME_FEATURES = 256
 STRIP_TOKENS = 64
+FLOAT16_LIMIT = torch.finfo(torch.float16).max
 SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
 
 
@@ -93,7 +94,8 @@ class DoubleBlock(nn.Module):
         text_v = self._qkv(self.text, text, for_text, text_rope, text_qk)
         image_v = self._qkv(self.image, image, for_image, image_rope, image_qk)
         text_out, image_out = torch.split(attend(qk, torch.cat([text_v, image_v], dim=1)), lengths, dim=1)
-        return self._rest(self.image, image, image_out, for_image), self._rest(self.text, text, text_out, for_text)
+        text = self._rest(self.text, text, text_out, for_text)
+        return self._rest(self.image, image, image_out, for_image), saturated(text)
 
     @staticmethod
     def _qkv(stream: Stream, x: Tensor, modulation: Tensor, rope: Tensor, qk: Tensor) -> Tensor:
@@ -208,6 +210,11 @@ def place_queries_and_keys(qkv: Tensor, qk_norm: Tensor, rope: Tensor, out: Tens
         x.mul_(x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()).mul_(weight)
         torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rope[tokens, None, None])
         out[:, tokens] = x
+
+
+def saturated(x: Tensor) -> Tensor:
+    """The largest number in place of infinity: float16 is too narrow for the text in the last double blocks."""
+    return x.clamp_(-FLOAT16_LIMIT, FLOAT16_LIMIT) if x.dtype == torch.float16 else x
 
 
 def attend(qk: Tensor, v: Tensor) -> Tensor:

@@ -176,6 +176,14 @@ def test_bfloat16_is_no_worse_than_diffusers(tmp_path: Path, dev: FluxTransforme
     assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact) < 0.05
 
 
+def test_float16_saturates_where_the_text_overflows(tmp_path: Path, dev: FluxTransformer2DModel) -> None:
+    tensors = dict(dev.state_dict())
+    tensors["transformer_blocks.0.ff_context.net.2.bias"] = torch.full((64,), 60000.0)
+    tensors["transformer_blocks.0.norm1_context.linear.bias"] = torch.full((384,), 2.0)
+    dit = load(saved(tmp_path / "flux.safetensors", tensors), dev, torch.float16)
+    assert predict(dit, *(tensor.half() for tensor in inputs())).isfinite().all()
+
+
 def test_times_and_guidance_scales_are_exact_in_float32_and_rounded_in_bfloat16(
     tmp_path: Path, dev: FluxTransformer2DModel
 ) -> None:
