@@ -26,7 +26,7 @@ from safelight.errors import (
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.load_service_pb2 import GetLoadResponse, WorkCost
 from safelight.v1.model_pb2 import DecoderDescription, DenoiserDescription, EncoderDescription, ModelDescription
-from safelight.v1.work_pb2 import GuidanceOptions, SamplingOptions
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_PNG, GuidanceOptions, SamplingOptions
 from services.common.channels import ChannelPool
 from services.common.exchange import TensorStore
 from services.common.metrics import Metrics
@@ -46,7 +46,7 @@ MODEL = ModelDescription(
         default_latent_width=8,
         default_latent_height=8,
     ),
-    decoder=DecoderDescription(scale_factor=8),
+    decoder=DecoderDescription(scale_factor=8, formats=[OUTPUT_FORMAT_PNG]),
 )
 
 
