@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from safelight import AsyncClient, GeneratedImage, InvalidRequestError, UnsupportedError
 from tests.support.cluster import run_cluster
 from tests.support.tiny_wan import save_tiny_wan
+from tests.support.wan_layout import save_original_files
 
 PROMPT, NEGATIVE, SEED = "a red apple bouncing", "the blue ball", 1234
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 6
@@ -32,8 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> str:
-    path = folder.parent / "manifest.yaml"
-    path.write_text(f"models:\n  - {{name: tiny, path: {folder}}}\n")
+    """The model twice: the diffusers folder, and the same weights in Wan's own files."""
+    files = folder.parent
+    dit, vae, umt5 = save_original_files(folder, files)
+    original = {
+        "name": "original",
+        "path": str(dit),
+        "tokenizer": str(folder / "tokenizer"),
+        "encoder": {"parts": {"umt5": {"path": str(umt5)}}},
+        "decoder": {"path": str(vae)},
+    }
+    path = files / "manifest.yaml"
+    path.write_text(yaml.safe_dump({"models": [{"name": "tiny", "path": str(folder)}, original]}))
     return str(path)
 
 
@@ -77,7 +89,7 @@ def diffusers_latents(pipeline: Any) -> Tensor:
     return latents
 
 
-async def generate(client: AsyncClient, **options: Any) -> GeneratedImage:
+async def generate(client: AsyncClient, model: str = "tiny", **options: Any) -> GeneratedImage:
     given: dict[str, Any] = {
         "negative_prompt": NEGATIVE,
         "width": WIDTH,
@@ -87,7 +99,7 @@ async def generate(client: AsyncClient, **options: Any) -> GeneratedImage:
         "guidance_scale": 4.0,
         "seed": SEED,
     }
-    result = await client.generate(PROMPT, **{**given, **options})
+    result = await client.generate(PROMPT, model=model, **{**given, **options})
     return result.images[0]
 
 
@@ -105,6 +117,13 @@ async def test_latents_equal_diffusers(folder: Path, manifest: str) -> None:
 def what_ffmpeg_says(film: Path) -> str:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(film), "-f", "null", "-"]
     return subprocess.run(command, capture_output=True, check=True).stderr.decode()
+
+
+async def test_wans_own_files_make_the_same_film(manifest: str) -> None:
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        films = [await generate(cluster.client, model, metadata=False) for model in ("tiny", "original")]
+    assert films[0].data == films[1].data
 
 
 async def test_a_film_plays_at_its_speed_and_its_receipt_tells_how_it_was_made(manifest: str, tmp_path: Path) -> None:

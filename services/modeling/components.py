@@ -33,6 +33,11 @@ _FAMILY_KEYS = {
         "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
         "single_transformer_blocks.0.attn.norm_k.weight",
     ),
+    "wan": (
+        "blocks.0.cross_attn.norm_k.weight",
+        "model.diffusion_model.blocks.0.cross_attn.norm_k.weight",
+        "blocks.0.attn2.norm_k.weight",
+    ),
 }
 _OTHER_FAMILY_KEYS = {
     "SDXL's refiner": "conditioner.embedders.0.model.ln_final.weight",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from safelight.errors import DownloadError
 from services.common.hub_sources import fetch_network
@@ -24,12 +25,14 @@ class UsualNetwork:
         folder: in the diffusers layout.
         prefixes: of its tensors in single files that hold it beside others.
         source: where it is.
+        tokenizer: where its tokenizer's file is; None: it has none, or it ships with Safelight.
     """
 
     part: str = ""
     folder: str
     prefixes: tuple[str, ...]
     source: HubSource
+    tokenizer: HubSource | None = None
 
 
 _FLUX = "muse/FLUX.1-dev-fp8"
@@ -61,6 +64,24 @@ USUAL_NETWORKS: Mapping[str, Mapping[str, Sequence[UsualNetwork]]] = {
             ),
         ),
     },
+    "wan": {
+        "encoder": (
+            UsualNetwork(
+                part="umt5",
+                folder="text_encoder",
+                prefixes=("token_embedding.",),
+                source=HubSource(model="muse/wan2.1-umt5", path="umt5.safetensors"),
+                tokenizer=HubSource(model="Wan-AI/Wan2.1-T2V-1.3B", path="google/umt5-xxl/tokenizer.json"),
+            ),
+        ),
+        "decoder": (
+            UsualNetwork(
+                folder="vae",
+                prefixes=("decoder.",),
+                source=HubSource(model="muse/wan2.1-vae", path="vae.safetensors"),
+            ),
+        ),
+    },
 }
 
 
@@ -75,6 +96,7 @@ def with_usual_networks(entry: ModelEntry, family: str, stage: str, *, from_hub:
     for network in USUAL_NETWORKS.get(family, {}).get(stage, ()):
         component = entry.component(stage)
         if not _has(entry, component, network):
+            entry = _with_tokenizer(entry, network, from_hub=from_hub)
             path = _fetch(entry, network, stage, from_hub=from_hub)
             entry = entry.with_component(stage, _with_path(component, network.part, path))
     return entry if entry.path else replace(entry, path=_any_path(entry.component(stage)))
@@ -100,6 +122,15 @@ def _fetch(entry: ModelEntry, network: UsualNetwork, stage: str, *, from_hub: bo
             f"{error.message}. The model's own files have no {network.folder}: let {network.source} be fetched, or "
             f"name a file in the manifest ({stage}: {{{part}}})"
         ) from error
+
+
+def _with_tokenizer(entry: ModelEntry, network: UsualNetwork, *, from_hub: bool) -> ModelEntry:
+    """The entry with the folder of the network's tokenizer, unless it names one."""
+    if network.tokenizer is None or entry.tokenizer:
+        return entry
+    file = fetch_network(entry.name, network.tokenizer, from_hub=from_hub)
+    assert isinstance(file, str), "one file is named"
+    return replace(entry, tokenizer=str(Path(file).parent))
 
 
 def _with_path(component: Component, part: str, path: WeightsPath) -> Component:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight.errors import CheckpointError
@@ -15,10 +14,10 @@ from services.decoder.models.wan_vae_keys import DIFFUSERS, ORIGINAL, Layout
 from services.modeling.layers import pack_weights
 from services.modeling.placement import Placement, place
 from services.modeling.weights import open_checkpoint
+from tests.support.wan_layout import BLOCKS_PER_LEVEL, save_original_vae
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-BLOCKS_PER_LEVEL = 2
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,6 @@ def vae(reference: AutoencoderKLWan, folder: Path) -> WanVAE:
 def _load(path: Path, config: dict[str, object] | None) -> WanVAE:
     vae = load_wan_vae(open_checkpoint(path), config, device=CPU, dtype=torch.float32)
     return place(vae, Placement(device=CPU, dtype=torch.float32), vae.weight_blocks()).network
-
-
-def _write_original(vae: WanVAE, reference: AutoencoderKLWan, path: Path, leave_out: str = "") -> Path:
-    """The reference's weights in a file of Wan's own layout."""
-    weights = reference.state_dict()
-    names = {name: (DIFFUSERS.source(name, 2), ORIGINAL.source(name, 2)) for name in vae.state_dict()}
-    save_file({theirs: weights[diffusers] for diffusers, theirs in names.values() if theirs != leave_out}, path)
-    return path
 
 
 def _film(frames: int, height: int = 32, width: int = 48) -> Tensor:
@@ -120,8 +111,8 @@ def test_a_frame_does_not_know_what_comes_after_it(vae: WanVAE) -> None:
     assert not torch.equal(made[2], made_of_others[2])
 
 
-def test_the_original_layout_loads_without_a_config(reference: AutoencoderKLWan, vae: WanVAE, tmp_path: Path) -> None:
-    original = _load(_write_original(vae, reference, tmp_path / "vae.safetensors"), None)
+def test_the_original_layout_loads_without_a_config(folder: Path, vae: WanVAE, tmp_path: Path) -> None:
+    original = _load(save_original_vae(folder, vae.state_dict(), tmp_path / "vae.safetensors"), None)
     assert original.params == vae.params
     assert all(torch.equal(weight, vae.state_dict()[name]) for name, weight in original.state_dict().items())
 
@@ -132,12 +123,10 @@ def test_every_weight_has_a_name_of_its_own_in_each_layout(vae: WanVAE, layout: 
     assert len(set(names)) == len(names)
 
 
-def test_a_file_that_lacks_a_tensor_is_refused_by_its_name(
-    reference: AutoencoderKLWan, vae: WanVAE, tmp_path: Path
-) -> None:
+def test_a_file_that_lacks_a_tensor_is_refused_by_its_name(folder: Path, vae: WanVAE, tmp_path: Path) -> None:
     missing = "decoder.upsamples.3.time_conv.weight"
     with pytest.raises(CheckpointError, match=missing):
-        _load(_write_original(vae, reference, tmp_path / "vae.safetensors", leave_out=missing), None)
+        _load(save_original_vae(folder, vae.state_dict(), tmp_path / "vae.safetensors", leave_out=missing), None)
 
 
 def test_an_option_that_would_change_the_film_is_refused_by_its_name(reference: AutoencoderKLWan, folder: Path) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight.errors import CheckpointError
 from services.denoiser.models.wan_dit import WanDiT, load_wan_dit, stack_context
-from services.denoiser.models.wan_dit_keys import DIFFUSERS, ORIGINAL
 from services.modeling.weights import open_checkpoint
+from tests.support.wan_layout import save_original_dit
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -47,19 +46,6 @@ def _reference(options: Mapping[str, Any]) -> WanTransformer3DModel:
 def _load(reference: WanTransformer3DModel, folder: Path) -> WanDiT:
     reference.save_pretrained(folder)
     return load_wan_dit(open_checkpoint(folder), dict(reference.config), device=CPU, dtype=torch.float32)
-
-
-def _write_original(dit: WanDiT, reference: WanTransformer3DModel, path: Path, prefix: str = "") -> Path:
-    """The reference's weights in a file of Wan's own layout."""
-    weights, names = reference.state_dict(), dit.state_dict().keys()
-    sources = zip(*(layout.sources(names).values() for layout in (DIFFUSERS, ORIGINAL)), strict=True)
-    original = {
-        f"{prefix}{theirs}": weights[ours].clone()
-        for diffusers, wan in sources
-        for ours, theirs in zip(diffusers, wan, strict=True)
-    }
-    save_file(original, path)
-    return path
 
 
 def _inputs(dit: WanDiT, batch: int = 1) -> dict[str, Any]:
@@ -133,7 +119,7 @@ def test_a_batch_equals_its_rows_alone(kind: str, tmp_path: Path) -> None:
 def test_the_original_layout_loads_without_a_config(kind: str, prefix: str, tmp_path: Path) -> None:
     reference = _reference(KINDS[kind])
     dit = _load(reference, tmp_path / "diffusers")
-    path = _write_original(dit, reference, tmp_path / "wan.safetensors", prefix)
+    path = save_original_dit(tmp_path / "diffusers", dit.state_dict(), tmp_path / "wan.safetensors", prefix)
     original = load_wan_dit(open_checkpoint(path), None, device=CPU, dtype=torch.float32)
     assert original.params == dit.params
     weights = dit.state_dict()

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from safelight.errors import CheckpointError
 from services.common.manifest import Component, ModelEntry
-from services.encoder.models.t5 import LAYOUTS, load_t5
+from services.encoder.models.t5 import load_t5
 from services.encoder.models.wan import UMT5_TOKENS, WanEncoder, cleaned
 from services.modeling.weights import open_checkpoint
 from tests.support.tiny_wan import save_tiny_wan
+from tests.support.wan_layout import save_original_umt5
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red apple bouncing", "the cat"]
@@ -67,17 +67,13 @@ def test_a_prompt_does_not_depend_on_its_batch(encoder: WanEncoder) -> None:
 
 
 def test_wans_own_names_load_to_the_same_weights(folder: Path, reference: UMT5EncoderModel, tmp_path: Path) -> None:
-    original, published = LAYOUTS[-1], LAYOUTS[1]
-    weights = reference.state_dict() | {"shared.weight": reference.shared.weight}
-    names = reference.encoder.state_dict()
-    tensors = {original.source(name): weights[published.source(name)].clone() for name in names}
-    assert "blocks.1.pos_embedding.embedding.weight" in tensors
-    assert "blocks.0.ffn.gate.0.weight" in tensors
-    save_file(tensors, tmp_path / "umt5.safetensors")
+    file = save_original_umt5(folder / "text_encoder", reference.encoder.state_dict(), tmp_path / "umt5.safetensors")
+    assert "blocks.1.pos_embedding.embedding.weight" in open_checkpoint(file)
+    assert "blocks.0.ffn.gate.0.weight" in open_checkpoint(file)
     config = reference.config.to_dict()
     loaded = [
         load_t5(open_checkpoint(path), config, device=CPU, dtype=torch.float32)
-        for path in (tmp_path / "umt5.safetensors", folder / "text_encoder")
+        for path in (file, folder / "text_encoder")
     ]
     ours, theirs = (encoder.state_dict() for encoder in loaded)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
