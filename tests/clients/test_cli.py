@@ -102,7 +102,7 @@ def test_the_models_are_listed(endpoint: str, capsys: pytest.CaptureFixture[str]
         (["x", "--model", "other", "--endpoint", "ENDPOINT"], 2, "other"),
         (["x", "--model", "nowhere.safetensors"], 2, "--model: nowhere.safetensors does not exist"),
         (["x", "--sampler-parameter", "eta"], 2, "--sampler-parameter: is 'eta'; must be NAME=NUMBER"),
-        (["x", "-o", "cat.gif"], 2, "--output: cat.gif ends in '.gif'; choose from .png"),
+        (["x", "-o", "cat.bmp"], 2, "--output: cat.bmp ends in '.bmp'; choose from .png"),
         (["x", "-o", "nowhere/cat.png"], 2, "--output: nowhere/cat.png can't be written: No such file"),
         (["x", "-o", "/dev/null", "--format", "png"], 2, "--output: /dev/null is not a file"),
         (["x", "--receipt", "nowhere/cat.json"], 2, "--receipt: nowhere/cat.json can't be written: No such file"),

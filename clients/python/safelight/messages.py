@@ -156,7 +156,8 @@ Number = TypeVar("Number", int, float)
 def _given(field: str, value: Number | None) -> Number | int:
     """The value as the wire has it, where 0 says "not given"; so a zero of the user's is refused here."""
     if value == 0:
-        raise InvalidRequestError.of(field, "is 0; must be more, or left out for the default")
+        least = "at least 1" if isinstance(value, int) else "more"
+        raise InvalidRequestError.of(field, f"is 0; must be {least}, or left out for the default")
     return 0 if value is None else value
 
 
