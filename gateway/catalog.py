@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gateway.replicas import ReplicaSet
 from safelight.errors import InvalidRequestError
 from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.work_pb2 import Adapter
 from services.common.model_servicer import find_model
 
 
@@ -24,6 +25,11 @@ class Stages:
         return (self.encoder, self.denoiser, self.decoder)
 
     @property
+    def adaptable(self) -> tuple[ReplicaSet, ReplicaSet]:
+        """Those whose networks LoRAs change."""
+        return (self.encoder, self.denoiser)
+
+    @property
     def by_name(self) -> dict[str, ReplicaSet]:
         """The replicas by the name of their stage."""
         return {stage.stage: stage for stage in self.all}
@@ -37,7 +43,12 @@ class Stages:
         """The models that every stage serves, each stage's part merged in."""
         parts = [stage.models for stage in self.all]
         complete = set.intersection(*(set(part) for part in parts))
-        return [_merge([part[name] for part in parts]) for name in sorted(complete)]
+        return [_merge([part[name] for part in parts], self.adapters(name)) for name in sorted(complete)]
+
+    def adapters(self, model: str) -> list[Adapter]:
+        """The LoRAs of a model that can be asked for: every stage has them, and the same ones."""
+        names = [set(stage.adapters(model).items()) for stage in self.adaptable]
+        return [Adapter(name=name, fingerprint=mark) for name, mark in sorted(set.intersection(*names))]
 
     def find(self, name: str) -> ModelDescription:
         """The model of that name; of no name, the only one.
@@ -58,8 +69,10 @@ class Stages:
         return find_model(models, name)
 
 
-def _merge(parts: list[ModelDescription]) -> ModelDescription:
+def _merge(parts: list[ModelDescription], adapters: list[Adapter]) -> ModelDescription:
     merged = ModelDescription()
     for part in parts:
         merged.MergeFrom(part)
+    del merged.adapters[:]
+    merged.adapters.extend(adapters)
     return merged

@@ -83,6 +83,7 @@ class Denoising:
             initial_latents=image.latents,
             strength=parameters.strength if image.latents else None,
             mask=image.mask,
+            adapters=parameters.adapters,
             determinism=self.plan.determinism,
             preview=self.plan.preview,
             checkpoints=CheckpointOptions(every_steps=self.settings.checkpoint_steps),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gateway.adapters import Adapters
 from gateway.admission import Admission
 from gateway.admitted import Admitted
 from gateway.catalog import Stages
@@ -53,6 +54,7 @@ class Generation:
         metrics: the gateway's.
         admission: lets requests in, or refuses them.
         credits: bound the pictures that are in the stages at once.
+        adapters: stay loaded while a request uses them.
     """
 
     stages: Stages
@@ -63,6 +65,7 @@ class Generation:
     metrics: Metrics
     admission: Admission
     credits: Credits
+    adapters: Adapters
 
     async def run(self, request: GenerateRequest, remaining_seconds: float | None, emit: Emit) -> None:
         """Make what a request asks for. Cancelling it stops its work within one step.
@@ -82,7 +85,7 @@ class Generation:
             request = await asyncio.to_thread(with_size_of_picture, request, model)
         asked = make_plan(request, model)
         seconds = _remaining_seconds(asked.context, remaining_seconds)
-        with self.admission.admit(asked, seconds) as admitted:
+        with self.adapters.used(model.name, request.adapters), self.admission.admit(asked, seconds) as admitted:
             calls = StageCalls(self.stages, self.settings, _set_deadline(asked.context, seconds), admitted.given)
             emit(_accepted(admitted))
             receipts = await self._follow_plan(request, admitted.plan, calls, emit)

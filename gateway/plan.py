@@ -11,6 +11,7 @@ from gateway.inputs import InputFiles, input_digests, input_files, strength_of
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import (
+    Adapter,
     DeterminismClass,
     GenerationParameters,
     GuidanceOptions,
@@ -157,7 +158,17 @@ def _parameters(
         ),
         inputs=input_digests(request.inputs),
         strength=strength_of(request),
+        adapters=_adapters(request, model),
     )
+
+
+def _adapters(request: GenerateRequest, model: ModelDescription) -> list[Adapter]:
+    """The request's LoRAs, with the scale and the fingerprint that each has."""
+    loaded = {adapter.name: adapter.fingerprint for adapter in model.adapters}
+    return [
+        Adapter(name=each.name, scale=each.scale if each.HasField("scale") else 1.0, fingerprint=loaded[each.name])
+        for each in request.adapters
+    ]
 
 
 def _sampling(given: SamplingOptions, model: ModelDescription) -> SamplingOptions:

@@ -65,6 +65,7 @@ class PromptEncoding:
             prompts=[parameters.prompt, parameters.negative_prompt],
             negative_prompts=1,
             clip_skip=parameters.clip_skip,
+            adapters=parameters.adapters,
             determinism=self.plan.determinism,
         )
 

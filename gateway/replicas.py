@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from gateway.estimate import Pending, StageLoad
 from gateway.load import Backlog
 from gateway.targets import addresses_of
 from gateway.work import Work
-from safelight.errors import FingerprintMismatchError, StageUnavailableError, UnknownModelError
+from safelight.errors import FingerprintMismatchError, StageUnavailableError, UnknownAdapterError, UnknownModelError
 from safelight.v1 import load_service_pb2, load_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.channels import ChannelPool
@@ -60,6 +61,11 @@ class Replica:
     def silent(self) -> bool:
         """Whether it has left several probes in a row without an answer: it is frozen, or its machine is gone."""
         return self.slow_probes >= _SLOW_PROBES
+
+    def adapters(self, model: str) -> dict[str, str]:
+        """Fingerprints of the LoRAs that it has loaded, by name."""
+        known = self.models.get(model, ModelDescription())
+        return {adapter.name: adapter.fingerprint for adapter in known.adapters}
 
     @contextmanager
     def work(self, work: Work) -> Iterator[None]:
@@ -115,18 +121,18 @@ class ReplicaSet:
     @property
     def models(self) -> dict[str, ModelDescription]:
         """The models that at least one available replica serves."""
-        return {name: model for replica in self._available() for name, model in replica.models.items()}
+        return {name: model for replica in self.available for name, model in replica.models.items()}
 
     def load(self, model: str) -> StageLoad:
         """What the replicas that serve a model have to do, and what is to come."""
         now = time.monotonic()
-        serving = [replica for replica in self._available() if model in replica.models]
+        serving = [replica for replica in self.available if model in replica.models]
         return StageLoad([replica.backlog.at(now) for replica in serving], self.pending)
 
     @property
     def capacity(self) -> int:
         """Requests that the available replicas take at most; when there is none, all those that are known."""
-        replicas = self._available() or self._replicas.values()
+        replicas = self.available or self._replicas.values()
         return sum(replica.backlog.report.capacity for replica in replicas)
 
     def pick(
@@ -146,16 +152,24 @@ class ReplicaSet:
             StageUnavailableError: no replica of the stage is available.
             UnknownModelError: those that are do not serve the model.
             FingerprintMismatchError: they serve it with other weights.
+            UnknownAdapterError: they have not loaded the adapters of the work.
         """
-        serving = self._serving(model, fingerprint)
+        serving = self.serving(model, fingerprint, work.adapters if work else {})
         estimates = {replica: replica.seconds_until_done(work) if work else None for replica in serving}
         done = {replica: seconds for replica, seconds in estimates.items() if seconds is not None}
         if len(done) < len(serving):
             done = dict.fromkeys(serving, 0.0)
         return min(serving, key=lambda replica: (replica in avoid, done[replica], replica.outstanding))
 
-    def _serving(self, model: str, fingerprint: str) -> list[Replica]:
-        available = self._available()
+    def serving(
+        self, model: str, fingerprint: str = "", adapters: Mapping[str, str] = MappingProxyType({})
+    ) -> list[Replica]:
+        """The available replicas of a model with these weights and, by name and fingerprint, adapters; at least one.
+
+        Raises:
+            StageUnavailableError, UnknownModelError, FingerprintMismatchError, UnknownAdapterError: as `pick`.
+        """
+        available = self.available
         if not available:
             raise StageUnavailableError(
                 f"no {self.stage} is reachable (of {len(self._replicas)} known): start one, or retry when it is back",
@@ -173,7 +187,18 @@ class ReplicaSet:
                 model=model,
                 fingerprint=fingerprint,
             )
-        return alike
+        adapted = [replica for replica in alike if adapters.items() <= replica.adapters(model).items()]
+        if not adapted:
+            raise UnknownAdapterError(
+                f"no {self.stage} of model {model!r} has the adapters {', '.join(adapters)} now: load them, or wait",
+                stage=self.stage,
+                model=model,
+            )
+        return adapted
+
+    def adapters(self, model: str) -> dict[str, str]:
+        """Fingerprints of the LoRAs that at least one available replica has, by name."""
+        return {name: mark for replica in self.available for name, mark in replica.adapters(model).items()}
 
     def _fingerprint(self, model: ModelDescription) -> str:
         """Fingerprint of the weights that the stage has of a model."""
@@ -236,7 +261,9 @@ class ReplicaSet:
         else:
             replica.backlog.update(report, asked_at)
 
-    def _available(self) -> list[Replica]:
+    @property
+    def available(self) -> list[Replica]:
+        """The replicas that may be given work."""
         return [replica for replica in self._replicas.values() if replica.available]
 
     def _report(self) -> None:
@@ -244,5 +271,5 @@ class ReplicaSet:
         self._metrics.replicas.labels(self.stage, "true").set(healthy)
         self._metrics.replicas.labels(self.stage, "false").set(len(self._replicas) - healthy)
         now = time.monotonic()
-        backlog = sum(replica.backlog.at(now).backlog_seconds for replica in self._available())
+        backlog = sum(replica.backlog.at(now).backlog_seconds for replica in self.available)
         self._metrics.stage_backlog_seconds.labels(self.stage).set(backlog + self.pending.seconds)

@@ -17,12 +17,13 @@ from safelight.errors import (
     SafelightError,
     StageUnavailableError,
     TensorCorruptError,
+    UnknownAdapterError,
 )
 from safelight.v1.work_pb2 import StageTiming
 from services.common.metrics import Metrics
 
 Answer = TypeVar("Answer")
-_REPEATABLE = (OverloadedError, StageUnavailableError, FingerprintMismatchError)
+_REPEATABLE = (OverloadedError, StageUnavailableError, FingerprintMismatchError, UnknownAdapterError)
 _LONGEST_PAUSE_SECONDS = 1.0
 
 
@@ -39,7 +40,7 @@ class Attempts:
     """The tries of one stage for one picture: how many are left, and which replicas have failed.
 
     Every stage is a pure function of its request, so any of them may run again: on another replica when one can't be
-    reached, is stopping, is full, or has other weights. One that hands its work back has not failed.
+    reached, is stopping, is full, or has other weights or adapters. One that hands its work back has not failed.
 
     Args:
         stage: its name.

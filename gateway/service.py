@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.adapters import Adapters
 from gateway.admission import Admission
 from gateway.catalog import Stages
 from gateway.credits import Credits
@@ -10,9 +11,9 @@ from gateway.leases import Leases
 from gateway.own_address import own_address
 from gateway.replicas import ReplicaSet
 from gateway.requests import Requests
-from gateway.servicer import GenerationServicer
+from gateway.servicer import AdapterServicer, GenerationServicer
 from gateway.settings import GatewaySettings
-from safelight.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+from safelight.v1 import adapter_service_pb2_grpc, generation_service_pb2_grpc, model_service_pb2_grpc
 from services.common.channels import ChannelPool
 from services.common.exchange import TensorExchangeServicer, TensorReader, TensorStore, mount_exchange
 from services.common.metrics import Metrics
@@ -47,18 +48,21 @@ def build_gateway(settings: GatewaySettings, surroundings: Surroundings) -> Serv
         Admission(stages, settings, metrics),
         Credits(lambda: _most_in_stages(settings, stages), metrics),
     )
-    generation = Generation(stages, reader, store, leases, settings, metrics, admission, credits)
+    adapters = Adapters(stages, settings.health_interval_seconds)
+    generation = Generation(stages, reader, store, leases, settings, metrics, admission, credits, adapters)
     requests = Requests(generation.run, settings, metrics)
     servicer, model_servicer = GenerationServicer(requests), ModelServicer(stages.models)
-    exchange_servicer = TensorExchangeServicer(store)
+    exchange_servicer, adapter_servicer = TensorExchangeServicer(store), AdapterServicer(adapters)
 
     async def start(address: str) -> None:
         surroundings.advertise(await own_address(address, settings.denoisers))
         for stage in stages.all:
             await stage.start()
+        adapters.start()
 
     async def close() -> None:
         await requests.close()
+        await adapters.close()
         await leases.settle()
         for stage in stages.all:
             await stage.close()
@@ -67,6 +71,9 @@ def build_gateway(settings: GatewaySettings, surroundings: Surroundings) -> Serv
     mounts = {
         "safelight.v1.GenerationService": (
             lambda server: generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+        ),
+        "safelight.v1.AdapterService": (
+            lambda server: adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(adapter_servicer, server)
         ),
         "safelight.v1.ModelService": (
             lambda server: model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)

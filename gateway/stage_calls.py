@@ -27,6 +27,7 @@ from safelight.errors import (
     SafelightError,
     StageDrainingError,
     StageUnavailableError,
+    UnknownAdapterError,
     UnknownModelError,
     from_rpc_error,
 )
@@ -151,7 +152,7 @@ class StageCalls:
         """A replica for a piece of work, as soon as there is one.
 
         Raises:
-            StageUnavailableError, UnknownModelError: there was none for as long as work in progress waits.
+            StageUnavailableError, UnknownModelError, UnknownAdapterError: there was none for as long as work waits.
             FingerprintMismatchError: the weights that the request was planned with are served no more.
             DeadlineExceededError: time was up before there was one.
         """
@@ -159,7 +160,7 @@ class StageCalls:
         while True:
             try:
                 return stage.pick(work.model, avoid, fingerprint, work)
-            except (StageUnavailableError, UnknownModelError) as error:
+            except (StageUnavailableError, UnknownModelError, UnknownAdapterError) as error:
                 now = time.monotonic()
                 if self.deadline is not None and now >= self.deadline:
                     raise DeadlineExceededError(f"time was up while waiting: {error.message}") from error
@@ -169,8 +170,9 @@ class StageCalls:
 
 
 def _has_other_weights(error: SafelightError) -> bool:
-    """Whether the replica was started again with other weights than its last probe has told."""
-    return isinstance(error, FingerprintMismatchError) and error.metadata.get("field", "").startswith("context.")
+    """Whether the replica was started again, with other weights or adapters than its last probe has told."""
+    is_mismatch = isinstance(error, FingerprintMismatchError) and error.metadata.get("field", "").startswith("context.")
+    return is_mismatch or isinstance(error, UnknownAdapterError)
 
 
 def _loss(error: SafelightError) -> Loss | None:

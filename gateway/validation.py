@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from gateway.film import film_violations
 from gateway.inputs import input_violations
 from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
-from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
+from safelight.errors import FieldViolation, InvalidRequestError, UnknownAdapterError, UnsupportedError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
-from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, Adapter, OutputFormat
 from services.common.fingerprints import check_own_fingerprint
 from services.common.validation import (
+    check_adapters,
     check_deadline,
     check_determinism,
     check_range,
@@ -23,7 +24,6 @@ from services.common.validation import (
 
 MAX_IMAGES = 64
 MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters",)
 
 
 def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
@@ -32,9 +32,10 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
     Raises:
         UnsupportedError: a field is set that this release, or this model, does not serve.
         InvalidRequestError: fields are out of range; every one is named.
+        UnknownAdapterError: it names a LoRA that is not loaded, or another one than is.
         FingerprintMismatchError: it asks for other weights than those that are served.
     """
-    refuse_unserved(request, _UNSERVED if model.denoiser.inputs else (*_UNSERVED, "inputs"), model.name)
+    refuse_unserved(request, () if model.denoiser.inputs else ("inputs",), model.name)
     if request.preview.every_steps and not model.denoiser.previews:
         raise UnsupportedError(
             f"preview: model {model.name!r} has no map from latents to colours; leave it out", field="preview"
@@ -45,8 +46,21 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         refuse_unserved(request, ("num_frames", "fps"), model.name)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
+    _check_loaded(request.adapters, model)
     for stage in ("encoder", "denoiser", "decoder"):
         check_own_fingerprint(request.context, stage, getattr(model, stage).fingerprint)
+
+
+def _check_loaded(adapters: Iterable[Adapter], model: ModelDescription) -> None:
+    loaded = {adapter.name: adapter.fingerprint for adapter in model.adapters}
+    for adapter in adapters:
+        if adapter.name not in loaded or adapter.fingerprint not in ("", loaded[adapter.name]):
+            what = "is another file now" if adapter.name in loaded else "is not loaded"
+            raise UnknownAdapterError(
+                f"adapter {adapter.name!r} of model {model.name!r} {what}; loaded are: {', '.join(loaded) or 'none'}",
+                adapter=adapter.name,
+                model=model.name,
+            )
 
 
 def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
@@ -64,6 +78,7 @@ def _violations(request: GenerateRequest, model: ModelDescription) -> Iterator[F
     yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.denoiser.max_steps)
     yield from check_range("context.priority", request.context.priority, -100, 100)
     yield from check_deadline(request.context)
+    yield from check_adapters(request.adapters)
 
 
 def _prompt_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:

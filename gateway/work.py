@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from safelight.v1.decoder_service_pb2 import DecodeRequest
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.encoder_service_pb2 import EncodeRequest
-from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT
+from safelight.v1.work_pb2 import DETERMINISM_CLASS_EXACT, Adapter
 from services.common.strength import steps_run
 
 
@@ -22,12 +23,14 @@ class Work:
             at the encoder.
         rows: rows that it takes of a batch.
         passes: forward passes, one after the other: the denoiser's model calls; 1 elsewhere.
+        adapters: fingerprints of the LoRAs that the replica must have, by name.
     """
 
     model: str
     latent_shape: tuple[int, ...] = ()
     rows: int = 1
     passes: int = 1
+    adapters: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def size(self) -> float:
@@ -37,7 +40,7 @@ class Work:
 
 def encode_work(request: EncodeRequest) -> Work:
     """A batch of prompts."""
-    return Work(request.model, rows=len(request.prompts))
+    return Work(request.model, rows=len(request.prompts), adapters=_needed(request.adapters))
 
 
 def encode_image_work(model: str, latent_shape: tuple[int, ...]) -> Work:
@@ -50,7 +53,8 @@ def denoise_work(request: DenoiseRequest, calls_per_step: int = 1) -> Work:
     exact = request.determinism == DETERMINISM_CLASS_EXACT
     strength = request.strength if request.HasField("strength") else 1.0
     steps = steps_run(request.sampling.steps, strength) - request.resume_from.step
-    return steps_work(request.model, tuple(request.latent_shape), steps * calls_per_step, request.guidance.scale, exact)
+    work = steps_work(request.model, tuple(request.latent_shape), steps * calls_per_step, request.guidance.scale, exact)
+    return replace(work, adapters=_needed(request.adapters))
 
 
 def steps_work(model: str, latent_shape: tuple[int, ...], calls: int, scale: float, exact: bool) -> Work:
@@ -62,3 +66,8 @@ def steps_work(model: str, latent_shape: tuple[int, ...], calls: int, scale: flo
 def decode_work(request: DecodeRequest) -> Work:
     """A latent."""
     return Work(request.model, tuple(request.latents.header.shape[1:]))
+
+
+def _needed(adapters: Iterable[Adapter]) -> dict[str, str]:
+    """Fingerprints by name."""
+    return {adapter.name: adapter.fingerprint for adapter in adapters}

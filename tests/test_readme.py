@@ -11,10 +11,12 @@ from services.common.settings import ServerSettings, StageSettings, environment_
 from services.decoder.settings import DecoderSettings
 from services.denoiser.settings import DenoiserSettings
 from services.encoder.settings import EncoderSettings
+from services.modeling.lora.settings import AdapterSettings
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 COMMON = {each.name for each in setting_fields(ServerSettings)}
 STAGE = {each.name for each in setting_fields(StageSettings)} - COMMON
+ADAPTERS = {each.name for each in setting_fields(AdapterSettings)} - STAGE - COMMON
 
 
 def rows(settings: type[ServerSettings], left_out: set[str]) -> list[str]:
@@ -35,8 +37,9 @@ def _shown(default: object) -> str:
     [
         (ServerSettings, set()),
         (StageSettings, COMMON),
-        (EncoderSettings, COMMON | STAGE),
-        (DenoiserSettings, COMMON | STAGE),
+        (AdapterSettings, COMMON | STAGE),
+        (EncoderSettings, COMMON | STAGE | ADAPTERS),
+        (DenoiserSettings, COMMON | STAGE | ADAPTERS),
         (DecoderSettings, COMMON | STAGE),
         (GatewaySettings, COMMON),
     ],

@@ -10,6 +10,8 @@ models:
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
     latent_preview: /weights/preview.json  # optional: the map that previews are made with
     defaults: {steps: 30, guidance_scale: 6}   # optional: of requests that do not say
+    adapters:                              # optional: LoRAs that are loaded at the start
+      - {name: ghibli, path: /weights/ghibli.safetensors}
   - name: from-a-hub
     source: {model: owner/name, revision: v1, path: unet.safetensors, hub: huggingface}   # in place of any path
 """
@@ -28,7 +30,7 @@ from safelight.hub import HUBS
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
-_NESTED = (*_STAGES, "defaults", "parts", "source")
+_NESTED = (*_STAGES, "defaults", "parts", "source", "adapters")
 FLOAT8 = "float8_e4m3fn"
 DTYPES = ("auto", "float32", "float16", "bfloat16", FLOAT8)
 CPU_OFFLOAD, SEQUENTIAL = "cpu_offload", "sequential_cpu_offload"
@@ -127,6 +129,14 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterEntry:
+    """A LoRA: what requests call it, and its file."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """One model of the manifest.
 
@@ -139,6 +149,7 @@ class ModelEntry:
         tokenizer: folder with the tokenizer's files; empty: the model's own, else the family's usual one.
         latent_preview: file with the map from latents to colours; empty: latent_preview.json in the model's folder.
         defaults: of requests, by the names in `Defaults`; what is missing is the family's own value.
+        adapters: LoRAs that are loaded at the start.
     """
 
     name: str
@@ -151,6 +162,7 @@ class ModelEntry:
     denoiser: Component = Component()
     decoder: Component = Component()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    adapters: tuple[AdapterEntry, ...] = ()
 
     def defaults_over(self, family: Defaults) -> Defaults:
         """The defaults of requests: the manifest's over the family's.
@@ -225,6 +237,8 @@ def _parse_model(entry: object, where: str) -> ModelEntry:
             values[stage] = _parse_component(values[stage], f"{where}.{stage}")
     if "defaults" in values:
         values["defaults"] = _parse_defaults(values["defaults"], f"{where}.defaults")
+    if "adapters" in values:
+        values["adapters"] = _parse_adapters(values["adapters"], f"{where}.adapters")
     return ModelEntry(**values)
 
 
@@ -237,6 +251,20 @@ def _parse_defaults(entry: object, where: str) -> dict[str, Any]:
         elif type(value) not in (int, float) or not 0 <= value <= 100:
             raise ManifestError(f"{where}.{name}: {value!r} must be a number from 0 to 100")
     return defaults
+
+
+def _parse_adapters(entry: object, where: str) -> tuple[AdapterEntry, ...]:
+    if not isinstance(entry, list):
+        raise ManifestError(f"{where}: must be a list of adapters, each with a name and a path")
+    adapters = []
+    for index, each in enumerate(entry):
+        values = _checked(AdapterEntry, each, f"{where}[{index}]")
+        if not all(values.get(required) for required in ("name", "path")):
+            raise ManifestError(f"{where}[{index}]: needs a 'name' and a 'path'")
+        adapters.append(AdapterEntry(**values))
+    if len({adapter.name for adapter in adapters}) < len(adapters):
+        raise ManifestError(f"{where}: two adapters have one name")
+    return tuple(adapters)
 
 
 def _parse_component(entry: object, where: str) -> Component:

@@ -100,6 +100,7 @@ class Metrics:
         self.cache_hits = Counter("safelight_cache_hits", "Answers from a cache.", ["cache"], registry=r)
         self.cache_misses = Counter("safelight_cache_misses", "Answers a cache lacked.", ["cache"], registry=r)
         self.cache_bytes = Gauge("safelight_cache_bytes", "Bytes a cache holds.", ["cache"], registry=r)
+        self.adapter_bytes = Gauge("safelight_adapter_bytes", "Bytes of loaded LoRAs.", ["stage"], registry=r)
         self.replicas = Gauge("safelight_replicas", "Replicas known, by health.", ["stage", "healthy"], registry=r)
         self.retries = Counter("safelight_retries", "Stage calls repeated on another replica.", ["stage"], registry=r)
         self.resumes = Counter(

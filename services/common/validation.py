@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.message import Message
 
 from safelight.errors import FieldViolation, UnsupportedError
-from safelight.v1.work_pb2 import DeterminismClass, SizeConditioning, WorkContext
+from safelight.v1.work_pb2 import Adapter, DeterminismClass, SizeConditioning, WorkContext
 
 MAX_SEED = 2**63 - 1
+MAX_ADAPTERS = 64
+MAX_ADAPTER_SCALE = 100
 _MAX_TOLD_PIXELS = 65_536
 
 
@@ -32,6 +34,22 @@ def check_seed(field: str, seed: int) -> Iterator[FieldViolation]:
     """A seed that every random generator takes."""
     if seed < 0:
         yield FieldViolation(field, f"is {seed}; must be from 0 to {MAX_SEED}, or left out to have one drawn")
+
+
+def check_adapters(adapters: Sequence[Adapter]) -> Iterator[FieldViolation]:
+    """Adapters with a name each, no two alike, and a scale that makes sense."""
+    yield from check_range("adapters", len(adapters), 0, MAX_ADAPTERS)
+    names = set()
+    for index, adapter in enumerate(adapters):
+        field = f"adapters[{index}]"
+        yield from check_range(f"{field}.scale", adapter.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+        if not adapter.name:
+            yield FieldViolation(f"{field}.name", "is empty; give the name of a loaded adapter")
+        elif adapter.name in names:
+            yield FieldViolation(
+                f"{field}.name", f"{adapter.name!r} is given twice; give one, with the sum of the scales"
+            )
+        names.add(adapter.name)
 
 
 def check_deadline(context: WorkContext) -> Iterator[FieldViolation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from services.denoiser.sampling.noise_process import NoiseProcess, noised
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.sampler import advance, initial_state
 from services.denoiser.sampling.state import SamplerState, state_on
+from services.modeling.lora.adapter import Applied
 
 Row: TypeAlias = tuple[DenoiseJob, Any]
 """A request and one of its conditionings: a row of a forward pass."""
@@ -30,11 +32,13 @@ class DenoiserEngine:
     Args:
         models: the loaded models by name.
         batch_cfg: run a request's positive and negative rows in one forward pass.
+        max_fused_bytes: that a set of adapters within a model's weights may take.
     """
 
-    def __init__(self, models: Mapping[str, Denoiser], batch_cfg: bool) -> None:
+    def __init__(self, models: Mapping[str, Denoiser], batch_cfg: bool, max_fused_bytes: int = 0) -> None:
         self.models = models
         self._batch_cfg = batch_cfg
+        self._max_fused_bytes = max_fused_bytes
 
     def batch_key(self, job: DenoiseJob) -> BatchKey:
         """Which requests can share its forward passes."""
@@ -42,9 +46,10 @@ class DenoiserEngine:
         return BatchKey(job.model, tuple(job.state.latents.shape[1:]), conditioning, job.exact)
 
     @torch.inference_mode()
-    def prepare(self, model: str, conditioning: PromptConditioning) -> Any:
+    def prepare(self, model: str, conditioning: PromptConditioning, adapters: tuple[Applied, ...] = ()) -> Any:
         """What the model computes once a request from its conditioning."""
-        return self.models[model].prepare(conditioning)
+        with self.models[model].network.with_branches([adapters]):
+            return self.models[model].prepare(conditioning)
 
     @torch.inference_mode()
     def start(self, model: str, plan: SamplingPlan, noise: NoiseSource, picture: Tensor | None = None) -> SamplerState:
@@ -96,7 +101,7 @@ class DenoiserEngine:
         """Predictions [1, C, ...] for each job's prompt, and for each guided job's negative prompt."""
         positive = [(job, job.positive) for job in jobs]
         negative = [(job, job.negative) for job in guided]
-        predicted = [row for rows in self._passes(positive, negative) for row in _forward(model, rows)]
+        predicted = [row for rows in self._passes(positive, negative) for row in self._forward(model, rows)]
         return predicted[: len(jobs)], predicted[len(jobs) :]
 
     def _passes(self, positive: list[Row], negative: list[Row]) -> list[list[Row]]:
@@ -108,12 +113,19 @@ class DenoiserEngine:
             return [positive + negative]
         return [positive, negative]
 
+    def _forward(self, model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """One forward pass; the prediction for each row, with a batch axis of 1."""
+        latents = torch.cat([model.sampling.noise.model_input(job.state.latents, _sigma(job)) for job, _ in rows])
+        timesteps = torch.tensor([job.plan.timesteps[job.state.level] for job, _ in rows], device=latents.device)
+        with self._adapted(model, [job for job, _ in rows]):
+            return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)
 
-def _forward(model: Denoiser, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-    """One forward pass; the prediction for each row, with a batch axis of 1."""
-    latents = torch.cat([model.sampling.noise.model_input(job.state.latents, _sigma(job)) for job, _ in rows])
-    timesteps = torch.tensor([job.plan.timesteps[job.state.level] for job, _ in rows], device=latents.device)
-    return torch.split(model.predict(latents, timesteps, [conditioning for _, conditioning in rows]), 1)
+    def _adapted(self, model: Denoiser, jobs: Sequence[DenoiseJob]) -> AbstractContextManager[None]:
+        """Each row with its job's adapters; in the exact class never fused, which hangs on what else was asked for."""
+        adapters = [job.adapters for job in jobs]
+        if jobs[0].exact:
+            return model.network.with_branches(adapters)
+        return model.network.with_adapters(adapters, self._max_fused_bytes)
 
 
 def _advance(process: NoiseProcess, job: DenoiseJob, prediction: Tensor) -> None:

@@ -17,6 +17,7 @@ from services.denoiser.inpainting import Inpainting
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.state import SamplerState
+from services.modeling.lora.adapter import Applied
 
 
 class BatchKey(NamedTuple):
@@ -66,6 +67,7 @@ class DenoiseJob:
         guidance_scale: of classifier-free guidance.
         positive: what the model made of the prompt's conditioning, once for all steps.
         negative: the same for the negative prompt; None without guidance.
+        adapters: LoRAs that are applied to both.
         inpainting: what stays of the picture that it began with; None: nothing.
         deadline: `time.monotonic()` after which the result is worthless; None: never.
         tenant: whose share of the device its steps count against.
@@ -87,6 +89,7 @@ class DenoiseJob:
     guidance_scale: float
     positive: Any
     negative: Any | None
+    adapters: tuple[Applied, ...] = ()
     inpainting: Inpainting | None = None
     deadline: float | None = None
     tenant: str = ""

@@ -30,6 +30,8 @@ from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.state import SamplerState
+from services.modeling.lora.adapter import Applied
+from services.modeling.lora.library import AdapterLibrary
 from services.modeling.wire import read_tensor
 
 
@@ -44,6 +46,7 @@ class Preparation:
         models: what is served.
         costs: of checkpoints.
         exchange_id: of this process's tensors.
+        library: the LoRAs that are loaded.
     """
 
     engine: DenoiserEngine
@@ -52,6 +55,7 @@ class Preparation:
     models: Mapping[str, ModelDescription]
     costs: CheckpointCosts
     exchange_id: str
+    library: AdapterLibrary
 
     def plan(self, request: pb.DenoiseRequest) -> SamplingPlan:
         """Sigmas and timesteps of a request.
@@ -82,10 +86,11 @@ class Preparation:
             SafelightError: a tensor of the request can't be had, or is not what it must be.
         """
         scale = self._guidance_scale(request)
-        positive = await self._condition(request, request.conditioning, "conditioning")
+        adapters = self.library.find(request.model, request.adapters)
+        positive = await self._condition(request, request.conditioning, "conditioning", adapters)
         negative = None
         if guidance_rows(scale) == 2:
-            negative = await self._condition(request, request.negative_conditioning, "negative_conditioning")
+            negative = await self._condition(request, request.negative_conditioning, "negative_conditioning", adapters)
             self._check_alike(request.model, positive, negative)
         noise = NoiseSource(request.seed, (1, *request.latent_shape))
         picture = await read_initial_latents(self.reader, request)
@@ -99,6 +104,7 @@ class Preparation:
             guidance_scale=scale,
             positive=positive,
             negative=negative,
+            adapters=adapters,
             inpainting=inpainting and await self._on_device(request.model, inpainting),
             deadline=deadline,
             tenant=request.context.tenant,
@@ -140,7 +146,9 @@ class Preparation:
             return request.guidance.scale
         return self.models[request.model].denoiser.default_guidance_scale
 
-    async def _condition(self, request: pb.DenoiseRequest, conditioning: Conditioning, field: str) -> Any:
+    async def _condition(
+        self, request: pb.DenoiseRequest, conditioning: Conditioning, field: str, adapters: tuple[Applied, ...]
+    ) -> Any:
         refs = {named.name: named.tensor for named in conditioning.tensors}
         tensors = await asyncio.gather(
             *(read_tensor(self.reader, ref, f"{field}.{name}") for name, ref in refs.items())
@@ -152,7 +160,7 @@ class Preparation:
             request.guidance.distilled_scale if request.guidance.HasField("distilled_scale") else None,
             request.size_conditioning if request.HasField("size_conditioning") else None,
         )
-        return await self.executor.run(lambda: self.engine.prepare(request.model, prompt))
+        return await self.executor.run(lambda: self.engine.prepare(request.model, prompt, adapters))
 
 
 def work_deadline(request: pb.DenoiseRequest, call_seconds: float | None) -> float | None:

@@ -17,6 +17,7 @@ from services.denoiser.models.sdxl import load_sdxl
 from services.denoiser.models.wan import WanDenoiser
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import PlacedWeights
 
 
@@ -28,6 +29,7 @@ class Denoiser(Protocol):
     device: torch.device
     weights: Sequence[PlacedWeights]
     preview_map: LatentPreviewMap | None
+    network: AdaptableNetwork
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

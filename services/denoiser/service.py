@@ -27,20 +27,26 @@ from services.denoiser.warm_up import warm_up
 from services.modeling.components import configure_torch
 from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
+from services.modeling.lora.library import AdapterLibrary
+from services.modeling.lora.servicer import adapter_mount
 
 
 def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Service:
     """The denoiser with its models loaded.
 
     Raises:
-        CheckpointError: a model's weights can't be loaded.
+        CheckpointError: a model's weights, or a LoRA of the manifest, can't be loaded.
         SettingsError: a tenant's weight can't be read.
     """
     device = configure_torch(settings.device, settings.threads)
-    loaded = load_stage("denoiser", served_models(settings), LOADERS, device, from_hub=settings.fetch)
-    engine = DenoiserEngine(loaded, settings.batch_cfg)
+    entries = served_models(settings)
+    loaded = load_stage("denoiser", entries, LOADERS, device, from_hub=settings.fetch)
+    engine = DenoiserEngine(loaded, settings.batch_cfg, settings.max_fused_bytes)
     models = {name: _describe(name, model, settings) for name, model in engine.models.items()}
     executor = DeviceExecutor("denoiser")
+    networks = {name: [model.network] for name, model in engine.models.items()}
+    library = AdapterLibrary(networks, executor, models, settings, surroundings.metrics)
+    library.load_manifest(entries)
     limits = SchedulerLimits(settings.max_running, settings.max_batch_rows, settings.queue_capacity)
     costs = StepCosts()
     scheduler = StepScheduler[DenoiseJob](limits, costs, parse_tenant_weights(settings.tenant_weights))
@@ -48,7 +54,7 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     loop = DenoiseLoop(engine, scheduler, executor, surroundings.metrics, device_use.leave)
     reader, store = surroundings.reader(settings), surroundings.store
     checkpoints = CheckpointWriter(store, surroundings.metrics)
-    preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id)
+    preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id, library)
     denoising = Denoising(engine, loop, preparation, checkpoints, store, surroundings.metrics, models)
     servicer = DenoiserServicer(denoising, settings.heartbeat_seconds)
 
@@ -65,6 +71,7 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
 
     capacity = settings.max_running + settings.queue_capacity
     mounts = stage_mounts(store, list(models.values()), lambda: report_load(scheduler, costs, capacity, loop.draining))
+    mounts["safelight.v1.AdapterService"] = adapter_mount(library)
     mounts["safelight.v1.DenoiserService"] = lambda server: (
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
     )

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from services.common.settings import SettingsError, StageSettings, setting
+from services.common.settings import SettingsError, setting
+from services.modeling.lora.settings import AdapterSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserSettings(StageSettings):
+class DenoiserSettings(AdapterSettings):
     """What the denoiser takes beside every stage's settings."""
 
     service: ClassVar[str] = "denoiser"
@@ -23,6 +24,9 @@ class DenoiserSettings(StageSettings):
     max_steps: int = setting(1000, "Most steps of a request.")
     tenant_weights: tuple[str, ...] = setting((), "Tenants' shares under load, as name=weight; the others weigh 1.")
     heartbeat_seconds: float = setting(0.5, "Longest silence of a stream: a heartbeat ends it.")
+    max_fused_bytes: int = setting(
+        2 * 1024**3, "Most memory for a second copy of the layers that a much used set of LoRAs changes; 0: none."
+    )
     warm_up_steps: int = setting(3, "Steps measured at start-up for each batch size, for the cost curve; 0: none.")
     warm_up_seconds: float = setting(1.0, "Longest time for that, of all models.")
 

@@ -16,6 +16,7 @@ from services.common.fingerprints import (
     check_tensor_fingerprint,
 )
 from services.common.validation import (
+    check_adapters,
     check_deadline,
     check_determinism,
     check_range,
@@ -26,7 +27,6 @@ from services.common.validation import (
 
 _MIN_EXTENT = 1
 _MAX_GUIDANCE_SCALE = 100
-_UNSERVED = ("adapters",)
 
 
 def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> None:
@@ -37,7 +37,6 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
         InvalidRequestError: fields are out of range; every one is named.
         FingerprintMismatchError: it was planned with other weights, or its conditioning was made by others.
     """
-    refuse_unserved(request, _UNSERVED, request.model)
     if request.preview.every_steps > 0 and not model.previews:
         raise UnsupportedError(
             f"preview: model {request.model!r} has no map from latents to colours: make one with "
@@ -67,6 +66,7 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
         yield FieldViolation("guidance.distilled_scale", f"model {request.model!r} takes none; leave it out")
     yield from check_range("context.priority", request.context.priority, -100, 100)
     yield from check_deadline(request.context)
+    yield from check_adapters(request.adapters)
     yield from check_range("preview.every_steps", request.preview.every_steps, 0, model.max_steps)
     yield from check_range("checkpoints.every_steps", request.checkpoints.every_steps, 0, model.max_steps)
     yield from check_determinism(request.determinism)

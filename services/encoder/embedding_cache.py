@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from services.modeling.lora.adapter import SetKey
+
 
 class EmbeddingKey(NamedTuple):
-    """What an embedding depends on; `model` names the weights by their fingerprint.
+    """What an embedding depends on; `model` and `adapters` name weights by their fingerprints, `adapters` with scales.
 
     `alone` marks an embedding whose prompt was encoded by itself: the batch changes the rounding.
     """
@@ -17,6 +19,7 @@ class EmbeddingKey(NamedTuple):
     token_ids: tuple[int, ...]
     clip_skip: int
     alone: bool
+    adapters: SetKey = ()
 
 
 class EmbeddingCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from services.encoder.embedding_cache import EmbeddingCache, EmbeddingKey
 from services.encoder.registry import PromptEncoder
 from services.encoder.tokenization import TokenizedPrompt
 from services.encoder.validation import check_encode
+from services.modeling.lora.adapter import Applied, set_key
+from services.modeling.lora.library import AdapterLibrary
 from services.modeling.wire import TorchPayload, make_header
 
 _LAYOUTS = {2: "BD", 3: "BLD"}
@@ -33,12 +36,16 @@ ConditioningTensors = Mapping[str, Tensor]
 
 
 class PromptJob(NamedTuple):
-    """A prompt to encode; alone: in a batch of its own, so that company never changes a bit."""
+    """A prompt to encode, by networks with adapters.
+
+    alone: in a batch of its own, so that company never changes a bit.
+    """
 
     model: str
     prompt: TokenizedPrompt
     clip_skip: int
     alone: bool
+    adapters: tuple[Applied, ...] = ()
 
 
 PromptBatcher = Batcher[PromptJob, ConditioningTensors]
@@ -65,6 +72,7 @@ class Encoding:
     store: TensorStore
     metrics: Metrics
     models: dict[str, ModelDescription]
+    library: AdapterLibrary
 
     async def encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
         """The conditioning of every prompt, in order.
@@ -77,15 +85,17 @@ class Encoding:
         check_own_fingerprint(request.context, "encoder", description.fingerprint)
         clip_skip = request.clip_skip or description.default_clip_skip
         encoder = self.encoders[request.model]
+        adapters = tuple(applied for applied in self.library.find(request.model, request.adapters) if applied.changes)
         tokenized = await self.executor.run(lambda: _tokenize(encoder, request))
         alone = request.determinism == DETERMINISM_CLASS_EXACT
-        jobs = [PromptJob(request.model, prompt, clip_skip, alone) for prompt in tokenized]
+        jobs = [PromptJob(request.model, prompt, clip_skip, alone, adapters) for prompt in tokenized]
         encoded = await asyncio.gather(*map(self._encode_prompt, jobs))
         prompts = [await self._pack(job, result) for job, result in zip(jobs, encoded, strict=True)]
         return pb.EncodeResponse(prompts=prompts, timing=self._timing(request.model, encoded))
 
     async def _encode_prompt(self, job: PromptJob) -> _Encoded:
-        key = EmbeddingKey(self.encoders[job.model].fingerprint, job.prompt.ids, job.clip_skip, job.alone)
+        fingerprint = self.encoders[job.model].fingerprint
+        key = EmbeddingKey(fingerprint, job.prompt.ids, job.clip_skip, job.alone, set_key(job.adapters))
         cached = self.cache.get(key)
         if cached is not None:
             self.metrics.cache_hits.labels(_CACHE).inc()
@@ -132,4 +142,8 @@ def _tokenize(encoder: PromptEncoder, request: pb.EncodeRequest) -> list[Tokeniz
 
 def encode_batch(encoders: Mapping[str, PromptEncoder], jobs: Sequence[PromptJob]) -> list[ConditioningTensors]:
     """The conditioning of a batch of one model and clip_skip; runs on the device's thread."""
-    return encoders[jobs[0].model].encode([job.prompt for job in jobs], jobs[0].clip_skip)
+    encoder = encoders[jobs[0].model]
+    with ExitStack() as adapted:
+        for network in encoder.networks:
+            adapted.enter_context(network.with_branches([job.adapters for job in jobs if job.prompt.ids]))
+        return encoder.encode([job.prompt for job in jobs], jobs[0].clip_skip)

@@ -15,6 +15,7 @@ from services.encoder.models.sd15 import SD15Encoder
 from services.encoder.models.sdxl import SDXLEncoder
 from services.encoder.models.wan import WanEncoder
 from services.encoder.tokenization import TokenizedPrompt
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import PlacedWeights
 
 
@@ -23,6 +24,7 @@ class PromptEncoder(Protocol):
 
     fingerprint: str
     weights: Sequence[PlacedWeights]
+    networks: Sequence[AdaptableNetwork]
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -33,7 +35,7 @@ class PromptEncoder(Protocol):
         ...
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int) -> list[Mapping[str, Tensor]]:
-        """Named conditioning tensors of each prompt, with a batch axis of 1."""
+        """Named conditioning tensors of each prompt, batch axis 1; one with token ids is a row of the networks."""
         ...
 
 

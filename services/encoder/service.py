@@ -18,18 +18,24 @@ from services.encoder.settings import EncoderSettings
 from services.modeling.components import configure_torch
 from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
+from services.modeling.lora.library import AdapterLibrary
+from services.modeling.lora.servicer import adapter_mount
 
 
 def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Service:
     """The encoder with its models loaded.
 
     Raises:
-        CheckpointError: a model's weights can't be loaded.
+        CheckpointError: a model's weights, or a LoRA of the manifest, can't be loaded.
     """
     device = configure_torch(settings.device, settings.threads)
-    encoders = load_stage("encoder", served_models(settings), LOADERS, device, from_hub=settings.fetch)
+    entries = served_models(settings)
+    encoders = load_stage("encoder", entries, LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, encoder, settings) for name, encoder in encoders.items()}
     executor = DeviceExecutor("encoder")
+    networks = {name: encoder.networks for name, encoder in encoders.items()}
+    library = AdapterLibrary(networks, executor, models, settings, surroundings.metrics)
+    library.load_manifest(entries)
 
     device_use = DeviceUse("encoder", encoders, surroundings.metrics)
 
@@ -40,7 +46,7 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
     batcher = PromptBatcher("encoder", run, limits, surroundings.metrics)
     cache = EmbeddingCache(settings.cache_bytes)
     servicer = EncoderServicer(
-        Encoding(encoders, batcher, executor, cache, surroundings.store, surroundings.metrics, models)
+        Encoding(encoders, batcher, executor, cache, surroundings.store, surroundings.metrics, models, library)
     )
 
     async def start(address: str) -> None:
@@ -53,6 +59,7 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
         await surroundings.close()
 
     mounts = stage_mounts(surroundings.store, list(models.values()), batcher.load)
+    mounts["safelight.v1.AdapterService"] = adapter_mount(library)
     mounts["safelight.v1.EncoderService"] = lambda server: (
         encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
     )

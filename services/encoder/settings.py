@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from services.common.settings import StageSettings, setting
+from services.common.settings import setting
+from services.modeling.lora.settings import AdapterSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderSettings(StageSettings):
+class EncoderSettings(AdapterSettings):
     """What the encoder takes beside every stage's settings."""
 
     service: ClassVar[str] = "encoder"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.model_pb2 import EncoderDescription
-from services.common.validation import check_determinism, check_range
+from services.common.validation import check_adapters, check_determinism, check_range
 
 MAX_PROMPTS = 64
 
@@ -30,6 +30,7 @@ def _violations(request: EncodeRequest, model: EncoderDescription) -> Iterator[F
     yield from check_range("negative_prompts", request.negative_prompts, 0, len(request.prompts))
     yield from check_range("clip_skip", request.clip_skip, 0, model.max_clip_skip)
     yield from check_determinism(request.determinism)
+    yield from check_adapters(request.adapters)
     for index, prompt in enumerate(request.prompts):
         size = len(prompt.encode())
         if size > model.max_prompt_bytes:

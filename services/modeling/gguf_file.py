@@ -4,7 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the parsing a
 package's. Quantized weights save disk and download, not the memory of a loaded model.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import gguf
@@ -41,6 +41,10 @@ class GgufFile:
 
     def keys(self) -> Collection[str]:
         return self._tensors.keys()
+
+    def metadata(self) -> Mapping[str, str]:
+        """Nothing that anybody asks for."""
+        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(reversed(self._tensors[name].shape.tolist()))  # ggml counts its dimensions from the innermost

@@ -3,10 +3,11 @@
 An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Protocol, TypeGuard, cast, runtime_checkable
+from typing import Protocol, TypeGuard, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from services.modeling.packing import (
     packed_linear,
 )
 from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_conv2d
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 _UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
 # Narrower convolutions are left to torch. oneDNN's blocks for them depend on the size of the picture, and a weight in
@@ -80,11 +83,15 @@ class GeluLinear(nn.Linear):
 
     __call__: Callable[..., Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """delta: [..., out], added before the GELU."""
         weight = self.weight
-        if weight.is_mkldnn:
+        if not weight.is_mkldnn:
+            projected = F.linear(x, weight, self.bias)
+            return F.gelu(projected if delta is None else projected + delta, approximate="tanh")
+        if delta is None:
             return packed_linear(x, weight, self.bias, activation="gelu_tanh")
-        return F.gelu(F.linear(x, weight, self.bias), approximate="tanh")
+        return F.gelu(packed_linear(x, weight, self.bias, add=delta), approximate="tanh")
 
     def pack(self) -> None:
         """Replaces the weight by its packed form."""
@@ -103,14 +110,23 @@ class GatedLinear(nn.Linear):
         super().__init__(width_in, 2 * width)
         self.register_parameter("packed_gate", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """delta: [..., 2 * out], added to both products before the gate."""
         weight = self.weight
         if weight.is_mkldnn:
-            value_bias, gate_bias = self.bias.chunk(2)
-            gate = packed_linear(x, self.packed_gate, gate_bias, activation="gelu")
-            return packed_linear(x, weight, value_bias, multiply=gate)
-        value, gate = F.linear(x, weight, self.bias).chunk(2, dim=-1)
+            return self._packed_forward(x, delta)
+        projected = F.linear(x, weight, self.bias)
+        value, gate = (projected if delta is None else projected + delta).chunk(2, dim=-1)
         return value * F.gelu(gate)
+
+    def _packed_forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        value_bias, gate_bias = self.bias.chunk(2)
+        if delta is None:
+            gate = packed_linear(x, self.packed_gate, gate_bias, activation="gelu")
+            return packed_linear(x, self.weight, value_bias, multiply=gate)
+        value_delta, gate_delta = (half.contiguous() for half in delta.chunk(2, dim=-1))
+        gate = packed_linear(x, self.packed_gate, gate_bias, add=gate_delta)
+        return packed_linear(x, self.weight, value_bias, add=value_delta) * F.gelu(gate)
 
     def pack(self) -> None:
         """Replaces the weight by the packed forms of its halves."""
@@ -212,6 +228,30 @@ class Upsample(TensorModule):
         return self.weight.nbytes // 9 * 16
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight [out, in, ...] as it was loaded, whatever form the layer computes with."""
+    if isinstance(layer, Upsample):
+        layer = layer.conv
+    weight = cast(Tensor, layer.weight).detach()
+    if not weight.is_mkldnn:
+        return weight
+    if isinstance(layer, GatedLinear):
+        return torch.cat([weight.to_dense(), layer.packed_gate.to_dense()])
+    return weight.to_dense()
+
+
+def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A layer like this one, in other memory, with another weight, packed where `pack_weights` would."""
+    other = _unpacked_copy(layer)
+    if isinstance(other, Upsample):
+        other.conv = _unpacked_copy(other.conv)
+        other.conv.weight = _frozen(weight)
+    else:
+        other.weight = _frozen(weight)
+    pack_weights(other)
+    return other
+
+
 def phase_kernels(weight: Tensor) -> list[Tensor]:
     """The 2x2 kernels [C_out, C_in, 2, 2] of a 3x3 one [C_out, C_in, 3, 3], row phase first, in its dtype.
 
@@ -254,6 +294,16 @@ def _pixelwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
 
 def _unpadded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return packed_conv2d(x, weight, bias, _UNPADDED) if weight.is_mkldnn else F.conv2d(x, weight, bias)
+
+
+def _unpacked_copy(layer: Layer) -> Layer:
+    """The layer with tables of its own, and without packed forms; its tensors are shared."""
+    other = copy.copy(layer)
+    vars(other).update({name: table.copy() for name, table in vars(layer).items() if isinstance(table, dict)})
+    for packed in ("_matrix", "_tiles", "_phases", "packed_gate"):
+        if getattr(other, packed, None) is not None:
+            setattr(other, packed, None)
+    return other
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

@@ -64,6 +64,10 @@ class TensorFile(Protocol):
         """The names of the tensors."""
         ...
 
+    def metadata(self) -> Mapping[str, str]:
+        """What the header says in words."""
+        ...
+
     def shape(self, name: str) -> Shape:
         """The shape of a tensor, from the header alone."""
         ...
@@ -96,6 +100,9 @@ class SafetensorsFile:
         names: Collection[str] = self._handle.keys()
         return names
 
+    def metadata(self) -> Mapping[str, str]:
+        return self._handle.metadata() or {}
+
     def shape(self, name: str) -> Shape:
         return tuple(self._handle.get_slice(name).get_shape())
 
@@ -118,9 +125,12 @@ class Checkpoint:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self._owner: dict[str, TensorFile] = {}
+        self.metadata: dict[str, str] = {}
+        """What the files' headers say in words."""
         for file in self.files:
             opened = _TENSOR_FILES[file.suffix](file)
             self._owner.update(dict.fromkeys(opened.keys(), opened))
+            self.metadata.update(opened.metadata())
 
     def __contains__(self, name: object) -> bool:
         return name in self._owner

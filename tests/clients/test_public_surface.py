@@ -47,6 +47,7 @@ PUBLIC = [
     "StageSeconds",
     "StageUnavailableError",
     "TensorCorruptError",
+    "UnknownAdapterError",
     "UnknownModelError",
     "UnsupportedError",
     "VideoReader",

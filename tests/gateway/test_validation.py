@@ -76,7 +76,6 @@ def test_all_wrong_fields_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
-        (GenerateRequest(adapters=[work.Adapter(name="style")]), "adapters"),
         (GenerateRequest(inputs=[work.MediaInput()]), "inputs"),
         (GenerateRequest(num_frames=81), "num_frames"),
         (GenerateRequest(preview=work.PreviewOptions(every_steps=2)), "preview"),

@@ -25,6 +25,7 @@ from safelight.errors import (
     StageDrainingError,
     StageUnavailableError,
     TensorCorruptError,
+    UnknownAdapterError,
     UnknownModelError,
     UnsupportedError,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "StageSeconds",
     "StageUnavailableError",
     "TensorCorruptError",
+    "UnknownAdapterError",
     "UnknownModelError",
     "UnsupportedError",
     "VideoReader",

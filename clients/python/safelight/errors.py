@@ -111,6 +111,12 @@ class UnknownModelError(SafelightError):
     code, reason = grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL
 
 
+class UnknownAdapterError(SafelightError):
+    """No adapter of that name is loaded, or another one than the request asks for."""
+
+    code, reason = grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_ADAPTER
+
+
 class LeaseExpiredError(SafelightError):
     """The tensor's lease has been released or has expired."""
 
@@ -197,6 +203,7 @@ _BY_REASON: dict[str, type[SafelightError]] = {
         InvalidRequestError,
         UnsupportedError,
         UnknownModelError,
+        UnknownAdapterError,
         LeaseExpiredError,
         TensorCorruptError,
         NonFiniteError,

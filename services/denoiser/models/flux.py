@@ -10,7 +10,14 @@ from torch import Tensor
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
-from services.denoiser.models.flux_dit import PATCH, FluxContext, FluxDiT, load_flux_dit, stack_context
+from services.denoiser.models.flux_dit import (
+    PATCH,
+    FluxContext,
+    FluxDiT,
+    flux_adaptable_network,
+    load_flux_dit,
+    stack_context,
+)
 from services.denoiser.models.scheduler_config import flow_sampling, scheduler_config
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
@@ -52,6 +59,7 @@ class FluxDenoiser:
         self._dit = dit.network
         self.weights: Sequence[PlacedWeights] = (dit.weights,)
         self.device, self.dtype = dit.placement.device, dit.placement.dtype
+        self.network = flux_adaptable_network(dit)
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._defaults = defaults
@@ -98,6 +106,7 @@ class FluxDenoiser:
             latent_multiple=PATCH,
             dtype=DATA_TYPES[self.dtype],
             previews=self.preview_map is not None,
+            adapters=True,
         )
         return ModelDescription(name=name, family="flux", denoiser=denoiser)
 

@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotations
-from services.denoiser.models.flux_dit_keys import find_layout
+from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL, find_layout, xlabs_sources
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
 from services.modeling.attention import attention
 from services.modeling.layers import GeluLinear, Linear, TensorModule
+from services.modeling.lora.layouts import DENOISER
+from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
 
@@ -271,3 +275,10 @@ def load_flux_dit(
     sources = layout.sources(dit.state_dict().keys())
     load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
     return dit.eval()
+
+
+def flux_adaptable_network(dit: Placed[FluxDiT]) -> AdaptableNetwork:
+    """The transformer for LoRAs, which name its layers as either checkpoint layout does, or as XLabs."""
+    names = weight_names(dit.network)
+    namings = [Naming(layout.sources(names)) for layout in (ORIGINAL, DIFFUSERS)]
+    return AdaptableNetwork([DENOISER], dit, [*namings, Naming(xlabs_sources(names))])

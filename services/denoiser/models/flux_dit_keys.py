@@ -4,7 +4,9 @@ The original's names are the same in a file of its own, in GGUF files, and in Co
 `model.diffusion_model.`). The two layouts differ in what is fused, and in the order of the last modulation's halves.
 """
 
-from services.denoiser.models.dit_layout import Layout, layout_of
+from collections.abc import Collection
+
+from services.denoiser.models.dit_layout import Layout, Sources, layout_of
 from services.modeling.weights import Checkpoint
 
 _PROBE = "single_blocks.0.to_out.weight"
@@ -78,6 +80,15 @@ _DIFFUSERS_PARTS = {"modulation_out": ((1, 0), 2)}  # theirs is scale, then shif
 
 ORIGINAL = Layout(layers=_ORIGINAL, parts=_ORIGINAL_PARTS)
 DIFFUSERS = Layout(layers=_DIFFUSERS, parts=_DIFFUSERS_PARTS)
+
+
+def xlabs_sources(names: Collection[str]) -> Sources:
+    """What XLabs' LoRAs have of the original's joint layers: the first rows of a single block's, by a name of ours."""
+    return {
+        name: (name.replace(".to_qkv.", ".linear1.qkv."),)
+        for name in names
+        if name.startswith("single_blocks.") and name.endswith(".to_qkv.weight")
+    }
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:

@@ -31,7 +31,11 @@ from services.denoiser.models.unet_blocks import (
     time_features,
 )
 from services.modeling.layers import Conv2d, Linear, TensorModule, Upsample
+from services.modeling.lora.layouts import DENOISER
+from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.targets import Naming, weight_names
 from services.modeling.norms import GroupNorm
+from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
 
@@ -212,6 +216,13 @@ def load_sd_unet(
 def _embedding(width_in: int, width: int) -> nn.Sequential:
     """Features of a number or of a text, to be added to each other: [B, width_in] -> [B, width]."""
     return nn.Sequential(Linear(width_in, width), nn.SiLU(), Linear(width, width))
+
+
+def sd_adaptable_network(unet: Placed[SDUNet]) -> AdaptableNetwork:
+    """The UNet for LoRAs, which name its layers as either checkpoint layout does."""
+    names, params = weight_names(unet.network), unet.network.params
+    namings = [Naming(diffusers_sources(names, params)), Naming(ldm_sources(names, params), LDM_PREFIX)]
+    return AdaptableNetwork([DENOISER], unet, namings)
 
 
 def _skip_widths(params: SDUNetParams) -> list[int]:

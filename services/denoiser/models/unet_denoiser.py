@@ -14,7 +14,7 @@ from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.scheduler_config import AYS_SD15, scheduler_config, stable_diffusion_sampling
-from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, stack_context
+from services.denoiser.models.sd_unet import ContextKV, SDUNet, load_sd_unet, sd_adaptable_network, stack_context
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
@@ -101,6 +101,7 @@ class UNetDenoiser:
         self._unet = unet.network
         self.weights: Sequence[PlacedWeights] = (unet.weights,)
         self.device, self.dtype = unet.placement.device, unet.placement.dtype
+        self.network = sd_adaptable_network(unet)
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._sample_size = sample_size
@@ -154,6 +155,7 @@ class UNetDenoiser:
             default_latent_height=self._sample_size,
             dtype=DATA_TYPES[self.dtype],
             previews=self.preview_map is not None,
+            adapters=True,
             size_conditioning=added is not None,
         )
         return ModelDescription(name=name, family=self._family.name, denoiser=denoiser)

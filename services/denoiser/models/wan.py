@@ -13,7 +13,7 @@ from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.scheduler_config import FLOW_SAMPLERS, scheduler_config
-from services.denoiser.models.wan_dit import WanContext, WanDiT, load_wan_dit, stack_context
+from services.denoiser.models.wan_dit import WanContext, WanDiT, load_wan_dit, stack_context, wan_adaptable_network
 from services.denoiser.models.wan_dit_params import PATCH
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
@@ -50,6 +50,7 @@ class WanDenoiser:
         self._dit = dit.network
         self.weights: Sequence[PlacedWeights] = (dit.weights,)
         self.device, self.dtype = dit.placement.device, dit.placement.dtype
+        self.network = wan_adaptable_network(dit)
         self.sampling = sampling
         self.fingerprint = fingerprint
         self._defaults = defaults
@@ -96,6 +97,7 @@ class WanDenoiser:
             max_latent_volume=_MAX_LATENT_VOLUME,
             latent_multiple=PATCH[1],
             dtype=DATA_TYPES[self.dtype],
+            adapters=True,
         )
         return ModelDescription(name=name, family="wan", denoiser=denoiser)
 

@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
 from services.denoiser.models.unet_blocks import time_features
-from services.denoiser.models.wan_dit_keys import find_layout
+from services.denoiser.models.wan_dit_keys import DIFFUSERS, ORIGINAL, find_layout
 from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
 from services.modeling.attention import attention
 from services.modeling.layers import GeluLinear, Linear, TensorModule
+from services.modeling.lora.layouts import DENOISER
+from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
 
@@ -298,3 +302,9 @@ def _once(cross: CrossAttention) -> list[KeysAndValues]:
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return torch.cat(given) if given else None
+
+
+def wan_adaptable_network(dit: Placed[WanDiT]) -> AdaptableNetwork:
+    """The transformer for LoRAs, which name its layers as either checkpoint layout does."""
+    names = weight_names(dit.network)
+    return AdaptableNetwork([DENOISER], dit, [Naming(layout.sources(names)) for layout in (ORIGINAL, DIFFUSERS)])

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2103.00020. The network is `transformers.CLIPTextModel`; h
 Shapes: B prompts, L tokens, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 
@@ -110,6 +113,13 @@ def load_clip(
     embeddings = _text_model(model).embeddings
     embeddings.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]
     return ClipTextEncoder(model.eval())
+
+
+def clip_adaptable_network(clip: Placed[Any], components: Sequence[str]) -> AdaptableNetwork:
+    """A text model for LoRAs, which name its layers as transformers does, with or without `text_model.`."""
+    names = {own: own.removeprefix("model.").removeprefix(_OWN_PREFIX) for own in weight_names(clip.network)}
+    namings = [Naming({own: (prefix + name,) for own, name in names.items()}) for prefix in (_OWN_PREFIX, "")]
+    return AdaptableNetwork(components, clip, namings)
 
 
 def _text_model(model: CLIPTextModel) -> Any:

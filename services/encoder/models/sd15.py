@@ -9,10 +9,11 @@ from torch import Tensor
 
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
 from services.common.manifest import ModelEntry
-from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.models.clip import ClipTextEncoder, clip_adaptable_network, load_clip
 from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
 from services.modeling.components import open_component
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 
@@ -31,6 +32,7 @@ class SD15Encoder:
         self._tokenizer = tokenizer
         self.fingerprint = fingerprint
         self._device = clip.placement.device
+        self.networks: Sequence[AdaptableNetwork] = [clip_adaptable_network(clip, ["text_encoder"])]
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> SD15Encoder:

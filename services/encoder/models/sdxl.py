@@ -15,11 +15,12 @@ from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
 from services.common.fingerprints import joint_fingerprint
 from services.common.manifest import ModelEntry
-from services.encoder.models.clip import ClipTextEncoder, load_clip
+from services.encoder.models.clip import ClipTextEncoder, clip_adaptable_network, load_clip
 from services.encoder.models.clip_g import ClipGTextEncoder, load_clip_g
 from services.encoder.models.clip_tokenizer import load_model_tokenizer
 from services.encoder.tokenization import ClipTokenizer, TokenizedPrompt
 from services.modeling.components import open_component, read_json
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 _PENULTIMATE = 2  # the layer that SDXL was trained with
@@ -53,6 +54,10 @@ class SDXLEncoder:
         self._clip_g_padding = tokenizer.token_id(_CLIP_G_PADDING)
         self.fingerprint = fingerprint
         self._zero_empty_negative = zero_empty_negative
+        self.networks: Sequence[AdaptableNetwork] = [
+            clip_adaptable_network(clip_l, ["text_encoder"]),
+            clip_adaptable_network(clip_g, ["text_encoder_2"]),
+        ]
 
     @classmethod
     def load(cls, entry: ModelEntry, device: torch.device) -> SDXLEncoder:

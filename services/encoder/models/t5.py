@@ -8,7 +8,7 @@ Shapes: B prompts, L tokens, D width.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, CheckpointError, load_weights
+from services.modeling.weights import Checkpoint, CheckpointError, Source, load_weights
 
 _EMBEDDING = "embed_tokens.weight"
 _POSITIONS = "block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -146,6 +149,14 @@ def _network(options: Mapping[str, Any], *, is_umt5: bool) -> Any:
     if is_umt5:
         return UMT5EncoderModel(UMT5Config.from_dict(dict(options)))
     return T5EncoderModel(T5Config.from_dict(dict(options)))
+
+
+def t5_adaptable_network(t5: Placed[T5TextEncoder], components: Sequence[str]) -> AdaptableNetwork:
+    """The encoder for LoRAs, which name its layers as transformers does."""
+    sources: dict[str, tuple[Source, ...]] = {
+        own: (own.replace("stack.", "encoder.", 1),) for own in weight_names(t5.network)
+    }
+    return AdaptableNetwork(components, t5, [Naming(sources)])
 
 
 def _keep_wide_sums(stack: nn.Module) -> None:

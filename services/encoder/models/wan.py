@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import EncoderDescription, ModelDescription
 from services.common.manifest import ModelEntry
-from services.encoder.models.t5 import T5TextEncoder, load_t5
+from services.encoder.models.t5 import T5TextEncoder, load_t5, t5_adaptable_network
 from services.encoder.t5_tokenization import T5Tokenizer, load_t5_tokenizer
 from services.encoder.tokenization import TokenizedPrompt
 from services.modeling.components import open_component
+from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 
 UMT5_TOKENS = 512
@@ -35,6 +36,7 @@ class WanEncoder:
     def __init__(self, umt5: Placed[T5TextEncoder], tokenizer: T5Tokenizer, fingerprint: str) -> None:
         self._umt5 = umt5.network
         self.weights: Sequence[PlacedWeights] = (umt5.weights,)
+        self.networks: Sequence[AdaptableNetwork] = (t5_adaptable_network(umt5, ["text_encoder"]),)
         self._device = umt5.placement.device
         self._tokenizer = tokenizer
         self.fingerprint = fingerprint

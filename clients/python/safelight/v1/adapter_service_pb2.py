@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/adapter_service.proto\x12\x0csafelight.v1\"?\n\x12LoadAdapterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x86\x01\n\rAdapterReport\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x14\n\x0cmatched_keys\x18\x04 \x01(\x05\x12\x16\n\x0eunmatched_keys\x18\x05 \x03(\t\x12\x17\n\x0funmatched_count\x18\x06 \x01(\x05\"s\n\x12\x41\x64\x61pterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12,\n\x07reports\x18\x04 \x03(\x0b\x32\x1b.safelight.v1.AdapterReport\"H\n\x13LoadAdapterResponse\x12\x31\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32 .safelight.v1.AdapterDescription\"$\n\x13ListAdaptersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"J\n\x14ListAdaptersResponse\x12\x32\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32 .safelight.v1.AdapterDescription\"3\n\x14UnloadAdapterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x17\n\x15UnloadAdapterResponse2\x95\x02\n\x0e\x41\x64\x61pterService\x12R\n\x0bLoadAdapter\x12 .safelight.v1.LoadAdapterRequest\x1a!.safelight.v1.LoadAdapterResponse\x12U\n\x0cListAdapters\x12!.safelight.v1.ListAdaptersRequest\x1a\".safelight.v1.ListAdaptersResponse\x12X\n\rUnloadAdapter\x12\".safelight.v1.UnloadAdapterRequest\x1a#.safelight.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/adapter_service.proto\x12\x0csafelight.v1\"?\n\x12LoadAdapterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x95\x01\n\rAdapterReport\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x14\n\x0cmatched_keys\x18\x04 \x01(\x05\x12\x16\n\x0eunmatched_keys\x18\x05 \x03(\t\x12\x17\n\x0funmatched_count\x18\x06 \x01(\x05\x12\r\n\x05\x62ytes\x18\x07 \x01(\x03\"s\n\x12\x41\x64\x61pterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12,\n\x07reports\x18\x04 \x03(\x0b\x32\x1b.safelight.v1.AdapterReport\"H\n\x13LoadAdapterResponse\x12\x31\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32 .safelight.v1.AdapterDescription\"$\n\x13ListAdaptersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"J\n\x14ListAdaptersResponse\x12\x32\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32 .safelight.v1.AdapterDescription\"3\n\x14UnloadAdapterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x17\n\x15UnloadAdapterResponse2\x95\x02\n\x0e\x41\x64\x61pterService\x12R\n\x0bLoadAdapter\x12 .safelight.v1.LoadAdapterRequest\x1a!.safelight.v1.LoadAdapterResponse\x12U\n\x0cListAdapters\x12!.safelight.v1.ListAdaptersRequest\x1a\".safelight.v1.ListAdaptersResponse\x12X\n\rUnloadAdapter\x12\".safelight.v1.UnloadAdapterRequest\x1a#.safelight.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADADAPTERREQUEST']._serialized_start=52
   _globals['_LOADADAPTERREQUEST']._serialized_end=115
   _globals['_ADAPTERREPORT']._serialized_start=118
-  _globals['_ADAPTERREPORT']._serialized_end=252
-  _globals['_ADAPTERDESCRIPTION']._serialized_start=254
-  _globals['_ADAPTERDESCRIPTION']._serialized_end=369
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=371
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=443
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=445
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=481
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=483
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=557
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=559
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=610
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=612
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=635
-  _globals['_ADAPTERSERVICE']._serialized_start=638
-  _globals['_ADAPTERSERVICE']._serialized_end=915
+  _globals['_ADAPTERREPORT']._serialized_end=267
+  _globals['_ADAPTERDESCRIPTION']._serialized_start=269
+  _globals['_ADAPTERDESCRIPTION']._serialized_end=384
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=386
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=458
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=460
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=496
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=498
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=572
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=574
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=625
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=627
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=650
+  _globals['_ADAPTERSERVICE']._serialized_start=653
+  _globals['_ADAPTERSERVICE']._serialized_end=930
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,7 @@ class AdapterReport(_message.Message):
     MATCHED_KEYS_FIELD_NUMBER: _builtins.int
     UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
     UNMATCHED_COUNT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """"encoder" or "denoiser"."""
     replica: _builtins.str
@@ -70,6 +71,8 @@ class AdapterReport(_message.Message):
     """Tensors of the file that belong to the model's part in this stage."""
     unmatched_count: _builtins.int
     """How many of those there are."""
+    bytes: _builtins.int
+    """Bytes that it takes on the device."""
     @_builtins.property
     def unmatched_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tensors that belong to nothing here and are not of another stage's part; the first 20."""
@@ -83,10 +86,11 @@ class AdapterReport(_message.Message):
         matched_keys: _builtins.int = ...,
         unmatched_keys: _abc.Iterable[_builtins.str] | None = ...,
         unmatched_count: _builtins.int = ...,
+        bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "matched_keys", b"matched_keys", "replica", b"replica", "stage", b"stage", "unmatched_count", b"unmatched_count", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "layout", b"layout", "matched_keys", b"matched_keys", "replica", b"replica", "stage", b"stage", "unmatched_count", b"unmatched_count", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,7 +230,7 @@ Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterResponse(_message.Message):
-    """The LoRA is forgotten, or will be when the requests that use it have ended."""
+    """The LoRA is forgotten."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

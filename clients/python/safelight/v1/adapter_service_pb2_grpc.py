@@ -60,7 +60,8 @@ class AdapterServiceServicer(object):
         """LoadAdapter reads a LoRA from a file that the stages can read and gives it a name; loading the same file under the
         same name again changes nothing. At the gateway, replicas that come later load it too.
         INVALID_ARGUMENT: the name is taken by another file; the file is damaged, of another family, of an unknown layout, or
-        nothing of it matches the model. NOT_FOUND: unknown model.
+        nothing of it matches the model. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: a replica holds as many already as it
+        may. Whatever goes wrong, no replica keeps it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,7 +75,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """UnloadAdapter forgets an adapter once the requests that use it have ended. NOT_FOUND: there is none of that name.
+        """UnloadAdapter forgets an adapter: further requests that name it are refused, and when those that use it have ended it
+        is answered. NOT_FOUND: there is none of that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -20,12 +20,15 @@ class AdapterServiceStub:
     """LoadAdapter reads a LoRA from a file that the stages can read and gives it a name; loading the same file under the
     same name again changes nothing. At the gateway, replicas that come later load it too.
     INVALID_ARGUMENT: the name is taken by another file; the file is damaged, of another family, of an unknown layout, or
-    nothing of it matches the model. NOT_FOUND: unknown model.
+    nothing of it matches the model. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: a replica holds as many already as it
+    may. Whatever goes wrong, no replica keeps it.
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
     """ListAdapters gives the adapters of a model, sorted by name."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]
-    """UnloadAdapter forgets an adapter once the requests that use it have ended. NOT_FOUND: there is none of that name."""
+    """UnloadAdapter forgets an adapter: further requests that name it are refused, and when those that use it have ended it
+    is answered. NOT_FOUND: there is none of that name.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Mounted by the gateway, which tells every replica, and by the stages whose models take adapters: encoder and denoiser."""
@@ -39,7 +42,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """LoadAdapter reads a LoRA from a file that the stages can read and gives it a name; loading the same file under the
         same name again changes nothing. At the gateway, replicas that come later load it too.
         INVALID_ARGUMENT: the name is taken by another file; the file is damaged, of another family, of an unknown layout, or
-        nothing of it matches the model. NOT_FOUND: unknown model.
+        nothing of it matches the model. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: a replica holds as many already as it
+        may. Whatever goes wrong, no replica keeps it.
         """
 
     @_abc_1.abstractmethod
@@ -56,6 +60,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.UnloadAdapterRequest,
         context: _aio.ServicerContext[_adapter_service_pb2.UnloadAdapterRequest, _abc.Awaitable[_adapter_service_pb2.UnloadAdapterResponse]],
     ) -> _abc.Awaitable[_adapter_service_pb2.UnloadAdapterResponse]:
-        """UnloadAdapter forgets an adapter once the requests that use it have ended. NOT_FOUND: there is none of that name."""
+        """UnloadAdapter forgets an adapter: further requests that name it are refused, and when those that use it have ended it
+        is answered. NOT_FOUND: there is none of that name.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _aio.Server) -> None: ...

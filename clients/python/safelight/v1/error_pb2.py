@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18safelight/v1/error.proto\x12\x0csafelight.v1*\x8f\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12\x1e\n\x1a\x45RROR_REASON_UNKNOWN_MODEL\x10\x02\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x03\x12\"\n\x1e\x45RROR_REASON_STAGE_UNAVAILABLE\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_LEASE_EXPIRED\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_TENSOR_CORRUPT\x10\x06\x12\x1b\n\x17\x45RROR_REASON_NON_FINITE\x10\x07\x12\x1f\n\x1b\x45RROR_REASON_BAD_CHECKPOINT\x10\x08\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\t\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\n\x12\x1e\n\x1a\x45RROR_REASON_OUT_OF_MEMORY\x10\x0b\x12%\n!ERROR_REASON_DEADLINE_UNREACHABLE\x10\x0c\x12%\n!ERROR_REASON_FINGERPRINT_MISMATCH\x10\r\x12\x1f\n\x1b\x45RROR_REASON_STAGE_DRAINING\x10\x0e\x12\x1a\n\x16\x45RROR_REASON_CANCELLED\x10\x0f\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18safelight/v1/error.proto\x12\x0csafelight.v1*\xb1\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12\x1e\n\x1a\x45RROR_REASON_UNKNOWN_MODEL\x10\x02\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x03\x12\"\n\x1e\x45RROR_REASON_STAGE_UNAVAILABLE\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_LEASE_EXPIRED\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_TENSOR_CORRUPT\x10\x06\x12\x1b\n\x17\x45RROR_REASON_NON_FINITE\x10\x07\x12\x1f\n\x1b\x45RROR_REASON_BAD_CHECKPOINT\x10\x08\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\t\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\n\x12\x1e\n\x1a\x45RROR_REASON_OUT_OF_MEMORY\x10\x0b\x12%\n!ERROR_REASON_DEADLINE_UNREACHABLE\x10\x0c\x12%\n!ERROR_REASON_FINGERPRINT_MISMATCH\x10\r\x12\x1f\n\x1b\x45RROR_REASON_STAGE_DRAINING\x10\x0e\x12\x1a\n\x16\x45RROR_REASON_CANCELLED\x10\x0f\x12 \n\x1c\x45RROR_REASON_UNKNOWN_ADAPTER\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.error_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=43
-  _globals['_ERRORREASON']._serialized_end=570
+  _globals['_ERRORREASON']._serialized_end=604
 # @@protoc_insertion_point(module_scope)

@@ -84,6 +84,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """CANCELLED: the request was stopped on purpose, by a Cancel or because nobody waited for it any more.
     Example: {reason: "ERROR_REASON_CANCELLED", domain: "safelight"}
     """
+    ERROR_REASON_UNKNOWN_ADAPTER: _ErrorReason.ValueType  # 16
+    """NOT_FOUND: the model has no adapter of that name, or another one; load it first.
+    Example: {reason: "ERROR_REASON_UNKNOWN_ADAPTER", domain: "safelight", metadata: {adapter: "ghibli", model: "sdxl"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. A program acts on the reason; the status message is for people."""
@@ -149,5 +153,9 @@ Example: {reason: "ERROR_REASON_STAGE_DRAINING", domain: "safelight", metadata: 
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 15
 """CANCELLED: the request was stopped on purpose, by a Cancel or because nobody waited for it any more.
 Example: {reason: "ERROR_REASON_CANCELLED", domain: "safelight"}
+"""
+ERROR_REASON_UNKNOWN_ADAPTER: ErrorReason.ValueType  # 16
+"""NOT_FOUND: the model has no adapter of that name, or another one; load it first.
+Example: {reason: "ERROR_REASON_UNKNOWN_ADAPTER", domain: "safelight", metadata: {adapter: "ghibli", model: "sdxl"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

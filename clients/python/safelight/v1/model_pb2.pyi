@@ -31,6 +31,7 @@ class ModelDescription(_message.Message):
     ENCODER_FIELD_NUMBER: _builtins.int
     DENOISER_FIELD_NUMBER: _builtins.int
     DECODER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name requests use."""
     family: _builtins.str
@@ -47,6 +48,10 @@ class ModelDescription(_message.Message):
     def decoder(self) -> Global___DecoderDescription:
         """The decoder's part; unset where it is not hosted."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.Adapter]:
+        """LoRAs that are loaded, with their fingerprints, sorted by name; at the gateway, those that every stage has."""
+
     def __init__(
         self,
         *,
@@ -55,10 +60,11 @@ class ModelDescription(_message.Message):
         encoder: Global___EncoderDescription | None = ...,
         denoiser: Global___DenoiserDescription | None = ...,
         decoder: Global___DecoderDescription | None = ...,
+        adapters: _abc.Iterable[_work_pb2.Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder", "family", b"family", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder", "family", b"family", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

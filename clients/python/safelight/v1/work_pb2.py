@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from safelight.v1 import tensor_pb2 as safelight_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17safelight/v1/work.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\"\x82\x02\n\x0bWorkContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x41\n\x0c\x66ingerprints\x18\x06 \x03(\x0b\x32+.safelight.v1.WorkContext.FingerprintsEntry\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf1\x02\n\x0fSamplingOptions\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12P\n\x12sampler_parameters\x18\x02 \x03(\x0b\x32\x34.safelight.v1.SamplingOptions.SamplerParametersEntry\x12\x10\n\x08schedule\x18\x03 \x01(\t\x12R\n\x13schedule_parameters\x18\x04 \x03(\x0b\x32\x35.safelight.v1.SamplingOptions.ScheduleParametersEntry\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x11\n\tmin_steps\x18\x06 \x01(\x05\x1a\x38\n\x16SamplerParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x39\n\x17ScheduleParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x0fGuidanceOptions\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0f\x64istilled_scale\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x12\n\x10_distilled_scale\"\x95\x01\n\x10SizeConditioning\x12\x16\n\x0eoriginal_width\x18\x01 \x01(\x05\x12\x17\n\x0foriginal_height\x18\x02 \x01(\x05\x12\x11\n\tcrop_left\x18\x03 \x01(\x05\x12\x10\n\x08\x63rop_top\x18\x04 \x01(\x05\x12\x14\n\x0ctarget_width\x18\x05 \x01(\x05\x12\x15\n\rtarget_height\x18\x06 \x01(\x05\"&\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x02\"A\n\nMediaInput\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"D\n\x0bMediaDigest\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"%\n\x0ePreviewOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"(\n\x11\x43heckpointOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"J\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12.\n\rsampler_state\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"c\n\rOutputOptions\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.safelight.v1.OutputFormat\x12\x0f\n\x07quality\x18\x02 \x01(\x05\x12\x15\n\romit_metadata\x18\x03 \x01(\x08\"d\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\x05\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x11\n\tfile_size\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x03\"\xc5\x04\n\x14GenerationParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x03\x12J\n\x0c\x66ingerprints\x18\n \x03(\x0b\x32\x34.safelight.v1.GenerationParameters.FingerprintsEntry\x12\'\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x15.safelight.v1.Adapter\x12)\n\x06inputs\x18\x0c \x03(\x0b\x32\x19.safelight.v1.MediaDigest\x12\x15\n\x08strength\x18\r \x01(\x02H\x00\x88\x01\x01\x12\x39\n\x11size_conditioning\x18\x0e \x01(\x0b\x32\x1e.safelight.v1.SizeConditioning\x12\x12\n\nnum_frames\x18\x0f \x01(\x05\x12\x0b\n\x03\x66ps\x18\x10 \x01(\x02\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_strength\"\x84\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x03*r\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45TERMINISM_CLASS_ROUNDING\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x02*~\n\tMediaRole\x12\x1a\n\x16MEDIA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_ROLE_IMAGE\x10\x01\x12\x13\n\x0fMEDIA_ROLE_MASK\x10\x02\x12\x14\n\x10MEDIA_ROLE_VIDEO\x10\x03\x12\x14\n\x10MEDIA_ROLE_AUDIO\x10\x04*\xf3\x01\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x12\x19\n\x15OUTPUT_FORMAT_LATENTS\x10\x04\x12\x15\n\x11OUTPUT_FORMAT_MP4\x10\x05\x12\x16\n\x12OUTPUT_FORMAT_WEBM\x10\x06\x12\x15\n\x11OUTPUT_FORMAT_GIF\x10\x07\x12\x1c\n\x18OUTPUT_FORMAT_PNG_FRAMES\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17safelight/v1/work.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\"\x82\x02\n\x0bWorkContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x41\n\x0c\x66ingerprints\x18\x06 \x03(\x0b\x32+.safelight.v1.WorkContext.FingerprintsEntry\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf1\x02\n\x0fSamplingOptions\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12P\n\x12sampler_parameters\x18\x02 \x03(\x0b\x32\x34.safelight.v1.SamplingOptions.SamplerParametersEntry\x12\x10\n\x08schedule\x18\x03 \x01(\t\x12R\n\x13schedule_parameters\x18\x04 \x03(\x0b\x32\x35.safelight.v1.SamplingOptions.ScheduleParametersEntry\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x11\n\tmin_steps\x18\x06 \x01(\x05\x1a\x38\n\x16SamplerParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x39\n\x17ScheduleParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x0fGuidanceOptions\x12\x12\n\x05scale\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x1c\n\x0f\x64istilled_scale\x18\x02 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x12\n\x10_distilled_scale\"\x95\x01\n\x10SizeConditioning\x12\x16\n\x0eoriginal_width\x18\x01 \x01(\x05\x12\x17\n\x0foriginal_height\x18\x02 \x01(\x05\x12\x11\n\tcrop_left\x18\x03 \x01(\x05\x12\x10\n\x08\x63rop_top\x18\x04 \x01(\x05\x12\x14\n\x0ctarget_width\x18\x05 \x01(\x05\x12\x15\n\rtarget_height\x18\x06 \x01(\x05\"J\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\tB\x08\n\x06_scale\"A\n\nMediaInput\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"D\n\x0bMediaDigest\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.safelight.v1.MediaRole\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"%\n\x0ePreviewOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"(\n\x11\x43heckpointOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\"J\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12.\n\rsampler_state\x18\x02 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"c\n\rOutputOptions\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.safelight.v1.OutputFormat\x12\x0f\n\x07quality\x18\x02 \x01(\x05\x12\x15\n\romit_metadata\x18\x03 \x01(\x08\"d\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\x05\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x11\n\tfile_size\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x03\"\xc5\x04\n\x14GenerationParameters\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x11\n\tclip_skip\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x03\x12J\n\x0c\x66ingerprints\x18\n \x03(\x0b\x32\x34.safelight.v1.GenerationParameters.FingerprintsEntry\x12\'\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x15.safelight.v1.Adapter\x12)\n\x06inputs\x18\x0c \x03(\x0b\x32\x19.safelight.v1.MediaDigest\x12\x15\n\x08strength\x18\r \x01(\x02H\x00\x88\x01\x01\x12\x39\n\x11size_conditioning\x18\x0e \x01(\x0b\x32\x1e.safelight.v1.SizeConditioning\x12\x12\n\nnum_frames\x18\x0f \x01(\x05\x12\x0b\n\x03\x66ps\x18\x10 \x01(\x02\x1a\x33\n\x11\x46ingerprintsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_strength\"\x84\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x05\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x03*r\n\x10\x44\x65terminismClass\x12!\n\x1d\x44\x45TERMINISM_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45TERMINISM_CLASS_ROUNDING\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_CLASS_EXACT\x10\x02*~\n\tMediaRole\x12\x1a\n\x16MEDIA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10MEDIA_ROLE_IMAGE\x10\x01\x12\x13\n\x0fMEDIA_ROLE_MASK\x10\x02\x12\x14\n\x10MEDIA_ROLE_VIDEO\x10\x03\x12\x14\n\x10MEDIA_ROLE_AUDIO\x10\x04*\xf3\x01\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTPUT_FORMAT_PNG\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_JPEG\x10\x02\x12\x16\n\x12OUTPUT_FORMAT_WEBP\x10\x03\x12\x19\n\x15OUTPUT_FORMAT_LATENTS\x10\x04\x12\x15\n\x11OUTPUT_FORMAT_MP4\x10\x05\x12\x16\n\x12OUTPUT_FORMAT_WEBM\x10\x06\x12\x15\n\x11OUTPUT_FORMAT_GIF\x10\x07\x12\x1c\n\x18OUTPUT_FORMAT_PNG_FRAMES\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,12 +41,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGOPTIONS_SCHEDULEPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._loaded_options = None
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_options = b'8\001'
-  _globals['_DETERMINISMCLASS']._serialized_start=2241
-  _globals['_DETERMINISMCLASS']._serialized_end=2355
-  _globals['_MEDIAROLE']._serialized_start=2357
-  _globals['_MEDIAROLE']._serialized_end=2483
-  _globals['_OUTPUTFORMAT']._serialized_start=2486
-  _globals['_OUTPUTFORMAT']._serialized_end=2729
+  _globals['_DETERMINISMCLASS']._serialized_start=2277
+  _globals['_DETERMINISMCLASS']._serialized_end=2391
+  _globals['_MEDIAROLE']._serialized_start=2393
+  _globals['_MEDIAROLE']._serialized_end=2519
+  _globals['_OUTPUTFORMAT']._serialized_start=2522
+  _globals['_OUTPUTFORMAT']._serialized_end=2765
   _globals['_WORKCONTEXT']._serialized_start=102
   _globals['_WORKCONTEXT']._serialized_end=360
   _globals['_WORKCONTEXT_FINGERPRINTSENTRY']._serialized_start=309
@@ -62,25 +62,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIZECONDITIONING']._serialized_start=834
   _globals['_SIZECONDITIONING']._serialized_end=983
   _globals['_ADAPTER']._serialized_start=985
-  _globals['_ADAPTER']._serialized_end=1023
-  _globals['_MEDIAINPUT']._serialized_start=1025
-  _globals['_MEDIAINPUT']._serialized_end=1090
-  _globals['_MEDIADIGEST']._serialized_start=1092
-  _globals['_MEDIADIGEST']._serialized_end=1160
-  _globals['_PREVIEWOPTIONS']._serialized_start=1162
-  _globals['_PREVIEWOPTIONS']._serialized_end=1199
-  _globals['_CHECKPOINTOPTIONS']._serialized_start=1201
-  _globals['_CHECKPOINTOPTIONS']._serialized_end=1241
-  _globals['_CHECKPOINT']._serialized_start=1243
-  _globals['_CHECKPOINT']._serialized_end=1317
-  _globals['_OUTPUTOPTIONS']._serialized_start=1319
-  _globals['_OUTPUTOPTIONS']._serialized_end=1418
-  _globals['_FILECHUNK']._serialized_start=1420
-  _globals['_FILECHUNK']._serialized_end=1520
-  _globals['_GENERATIONPARAMETERS']._serialized_start=1523
-  _globals['_GENERATIONPARAMETERS']._serialized_end=2104
+  _globals['_ADAPTER']._serialized_end=1059
+  _globals['_MEDIAINPUT']._serialized_start=1061
+  _globals['_MEDIAINPUT']._serialized_end=1126
+  _globals['_MEDIADIGEST']._serialized_start=1128
+  _globals['_MEDIADIGEST']._serialized_end=1196
+  _globals['_PREVIEWOPTIONS']._serialized_start=1198
+  _globals['_PREVIEWOPTIONS']._serialized_end=1235
+  _globals['_CHECKPOINTOPTIONS']._serialized_start=1237
+  _globals['_CHECKPOINTOPTIONS']._serialized_end=1277
+  _globals['_CHECKPOINT']._serialized_start=1279
+  _globals['_CHECKPOINT']._serialized_end=1353
+  _globals['_OUTPUTOPTIONS']._serialized_start=1355
+  _globals['_OUTPUTOPTIONS']._serialized_end=1454
+  _globals['_FILECHUNK']._serialized_start=1456
+  _globals['_FILECHUNK']._serialized_end=1556
+  _globals['_GENERATIONPARAMETERS']._serialized_start=1559
+  _globals['_GENERATIONPARAMETERS']._serialized_end=2140
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_start=309
   _globals['_GENERATIONPARAMETERS_FINGERPRINTSENTRY']._serialized_end=360
-  _globals['_STAGETIMING']._serialized_start=2107
-  _globals['_STAGETIMING']._serialized_end=2239
+  _globals['_STAGETIMING']._serialized_start=2143
+  _globals['_STAGETIMING']._serialized_end=2275
 # @@protoc_insertion_point(module_scope)

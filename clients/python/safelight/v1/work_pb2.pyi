@@ -364,21 +364,27 @@ class Adapter(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the adapter was loaded."""
     scale: _builtins.float
-    """Multiplier of its change to the weights; 1 is as trained."""
+    """Multiplier of its change to the weights, -100 to 100; unset: 1, as trained."""
+    fingerprint: _builtins.str
+    """Fingerprint of its file; in a request, one of another fingerprint is refused. Empty: any."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
-        scale: _builtins.float = ...,
+        scale: _builtins.float | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "fingerprint", b"fingerprint", "name", b"name", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
