@@ -1,9 +1,9 @@
 """One step of a stack of Wan's blocks at their real width: ours against diffusers'.
 
 1536 channels, 12 heads, four blocks (of the 1.3B model's 30), 2,025 tokens of a film of five latent frames and 512 of
-text. Both have the same random weights and inputs and take turns in one process (bench/in_turns.py). The text's keys and
-values are made once a request, so they are not in our step. The errors are against diffusers in float32 with the same,
-already rounded, weights.
+text. Both have the same random weights and inputs and take turns in one process (bench/in_turns.py). The text's keys
+and values are made once a request, so they are not in our step. The errors are against diffusers in float32 with the
+same, already rounded, weights.
 
     OMP_WAIT_POLICY=PASSIVE python -m bench.wan_step --dtype bfloat16 --rounds 5
 """
