@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from safelight.v1 import decoder_service_pb2 as decoder
+from safelight.v1.adapter_service_pb2 import ListAdaptersRequest, LoadAdapterRequest, UnloadAdapterRequest
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.generation_service_pb2 import CancelRequest, GenerateRequest
@@ -128,6 +129,22 @@ CASES = {
     "release": Case("denoiser", "TensorExchangeService/Release", ReleaseRequest(tickets=["0f3a"])),
     "list models": Case("gateway", "ModelService/ListModels", ListModelsRequest()),
     "get model": Case("encoder", "ModelService/GetModel", GetModelRequest(name="tiny")),
+    "load adapter": Case(
+        "gateway",
+        "AdapterService/LoadAdapter",
+        LoadAdapterRequest(model="tiny", name="toon", path="/nowhere.safetensors"),
+        served=False,
+    ),
+    "load adapter at a stage": Case(
+        "denoiser",
+        "AdapterService/LoadAdapter",
+        LoadAdapterRequest(model="tiny", name="toon", path="/nowhere.safetensors"),
+        served=False,
+    ),
+    "list adapters": Case("gateway", "AdapterService/ListAdapters", ListAdaptersRequest(model="tiny")),
+    "unload adapter": Case(
+        "gateway", "AdapterService/UnloadAdapter", UnloadAdapterRequest(model="tiny", name="toon"), served=False
+    ),
     "get load": Case("decoder", "LoadService/GetLoad", GetLoadRequest()),
 }
 every_method = pytest.mark.parametrize("name", CASES)

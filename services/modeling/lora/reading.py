@@ -37,7 +37,7 @@ def read_adapter(name: str, path: str, networks: Sequence[AdaptableNetwork], com
     try:
         checkpoint = open_checkpoint(Path(path))
         configs = read_configs(checkpoint)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         raise InvalidRequestError.of("path", str(error)) from error
     reading = read_layout(checkpoint.keys())
     if reading is None:
