@@ -10,6 +10,8 @@ from tests.clients.processes import ROOT
 
 PUBLIC = [
     "Accepted",
+    "Adapter",
+    "AdapterReport",
     "AsyncClient",
     "CheckpointError",
     "Client",
@@ -28,6 +30,7 @@ PUBLIC = [
     "InternalError",
     "InvalidRequestError",
     "LeaseExpiredError",
+    "LoraConfig",
     "Model",
     "NonFiniteError",
     "OutOfMemoryError",

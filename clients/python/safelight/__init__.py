@@ -34,6 +34,7 @@ from safelight.options import GenerationOptions
 from safelight.pipelines import (
     FluxImagePipeline,
     FluxPipelineConfig,
+    LoraConfig,
     SDImagePipeline,
     SDPipelineConfig,
     SDXLImagePipeline,
@@ -46,6 +47,8 @@ from safelight.retry import RetryPolicy
 from safelight.sync import Client
 from safelight.types import (
     Accepted,
+    Adapter,
+    AdapterReport,
     Event,
     GeneratedImage,
     GenerationResult,
@@ -58,6 +61,8 @@ from safelight.video import VideoReader, load_video, save_video
 
 __all__ = [
     "Accepted",
+    "Adapter",
+    "AdapterReport",
     "AsyncClient",
     "CheckpointError",
     "Client",
@@ -76,6 +81,7 @@ __all__ = [
     "InternalError",
     "InvalidRequestError",
     "LeaseExpiredError",
+    "LoraConfig",
     "Model",
     "NonFiniteError",
     "OutOfMemoryError",

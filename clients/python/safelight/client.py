@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from safelight.attachment import Attachment
 from safelight.errors import InternalError, InvalidRequestError
 from safelight.link import Link
-from safelight.messages import to_models, to_request
+from safelight.messages import to_adapter, to_models, to_request
 from safelight.options import GenerationOptions
 from safelight.retry import Retries, RetryPolicy
-from safelight.types import Event, GenerationResult, Model
-from safelight.v1 import model_service_pb2
+from safelight.types import Adapter, Event, GenerationResult, Model
+from safelight.v1 import adapter_service_pb2, model_service_pb2
+
+Answer = TypeVar("Answer")
 
 ENDPOINT_VARIABLE = "SAFELIGHT_ENDPOINT"
 DEFAULT_LIST_SECONDS = 10.0
+DEFAULT_LOAD_SECONDS = 300.0
 DEFAULT_RETRY = RetryPolicy()
 
 
@@ -143,9 +147,65 @@ class AsyncClient:
             SafelightError: see safelight.errors.
         """
         request = model_service_pb2.ListModelsRequest()
+        response = await self._answer(self._link.models.ListModels(request, timeout=timeout_seconds))
+        return to_models(response.models)
+
+    async def load_adapter(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        model: str | None = None,
+        timeout_seconds: float = DEFAULT_LOAD_SECONDS,
+    ) -> Adapter:
+        """Load a LoRA on every replica of a model, while it serves.
+
+        Args:
+            path: of a safetensors file, or of a folder with one, as the servers see it.
+            name: what requests call it; None: the file's name without its suffix.
+            model: whose it is; None if the gateway serves just one.
+            timeout_seconds: time for it.
+
+        Raises:
+            InvalidRequestError: the name is taken, or the file is damaged, of another family, or of no known layout.
+            OutOfMemoryError: a replica holds as many as it may.
+            SafelightError: see safelight.errors.
+        """
+        request = adapter_service_pb2.LoadAdapterRequest(
+            model=model or "", name=Path(path).stem if name is None else name, path=str(path)
+        )
+        response = await self._answer(self._link.adapters.LoadAdapter(request, timeout=timeout_seconds))
+        return to_adapter(response.adapter)
+
+    async def list_adapters(
+        self, *, model: str | None = None, timeout_seconds: float = DEFAULT_LIST_SECONDS
+    ) -> list[Adapter]:
+        """The LoRAs that a model has, sorted by name.
+
+        Raises:
+            SafelightError: see safelight.errors.
+        """
+        request = adapter_service_pb2.ListAdaptersRequest(model=model or "")
+        response = await self._answer(self._link.adapters.ListAdapters(request, timeout=timeout_seconds))
+        return [to_adapter(adapter) for adapter in response.adapters]
+
+    async def unload_adapter(
+        self, name: str, *, model: str | None = None, timeout_seconds: float = DEFAULT_LOAD_SECONDS
+    ) -> None:
+        """Forget a LoRA, when the requests that use it have ended; further ones are refused at once.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            SafelightError: see safelight.errors.
+        """
+        request = adapter_service_pb2.UnloadAdapterRequest(model=model or "", name=name)
+        await self._answer(self._link.adapters.UnloadAdapter(request, timeout=timeout_seconds))
+
+    async def _answer(self, call: Awaitable[Answer]) -> Answer:
+        """The answer to a single call."""
         try:
-            response = await self._link.models.ListModels(request, timeout=timeout_seconds)
+            answer = await call
         except grpc.aio.AioRpcError as error:
             raise self._link.explained(error) from None
         self._link.has_answered = True
-        return to_models(response.models)
+        return answer

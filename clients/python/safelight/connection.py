@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from safelight.errors import InternalError, StageUnavailableError
 from safelight.options import GenerationOptions
 from safelight.retry import RetryPolicy
 from safelight.sync import Client
-from safelight.types import Event, GenerationResult, Model
+from safelight.types import Adapter, Event, GenerationResult, Model
 
 _EMBEDDED_RETRY = RetryPolicy(reconnect_seconds=0.0)  # a stack that has ended does not come back
 
@@ -105,6 +106,23 @@ class Connection:
             self._check_stack()
             raise
         raise InternalError("the gateway ended the stream without a result")
+
+    def load_adapter(self, path: str, *, name: str, model: str | None = None) -> Adapter:
+        """Load a LoRA; into an embedded stack, a file of this process's own folder, too.
+
+        Raises:
+            SafelightError: as Client.load_adapter.
+        """
+        seen = path if self._stack is None else str(Path(path).absolute())
+        return self._client.load_adapter(seen, name=name, model=model)
+
+    def unload_adapter(self, name: str, *, model: str | None = None) -> None:
+        """Forget a LoRA.
+
+        Raises:
+            SafelightError: as Client.unload_adapter.
+        """
+        self._client.unload_adapter(name, model=model)
 
     def _check_stack(self) -> None:
         """Raises the reason when it is that the embedded stack has ended."""

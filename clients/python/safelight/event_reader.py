@@ -123,6 +123,8 @@ class EventReader:
             guidance_scale=parameters.guidance.scale,
             distilled_guidance_scale=_distilled_scale(parameters.guidance),
             clip_skip=parameters.clip_skip,
+            adapters={each.name: round(each.scale, 6) for each in parameters.adapters},
+            adapter_fingerprints={each.name: each.fingerprint for each in parameters.adapters},
             original_size=(sizes.original_width, sizes.original_height) if told_sizes else None,
             crop=(sizes.crop_left, sizes.crop_top) if told_sizes else None,
             target_size=(sizes.target_width, sizes.target_height) if told_sizes else None,

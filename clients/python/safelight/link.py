@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from safelight.errors import DeadlineExceededError, SafelightError, StageUnavailableError, from_rpc_error
-from safelight.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+from safelight.v1 import adapter_service_pb2_grpc, generation_service_pb2_grpc, model_service_pb2_grpc
 
 # Trailer of every error that Safelight itself raises.
 _STATUS_DETAILS = "grpc-status-details-bin"
@@ -38,6 +38,7 @@ class Link:
         self.endpoint = endpoint
         self._channel = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
+        self.adapters = adapter_service_pb2_grpc.AdapterServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self.has_answered = False
         """Whether a gateway has ever been there."""

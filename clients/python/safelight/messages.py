@@ -9,9 +9,10 @@ from typing import TypeVar
 from safelight.errors import InvalidRequestError
 from safelight.input_pictures import picture_file
 from safelight.options import GenerationOptions
-from safelight.types import Model
+from safelight.types import Adapter, AdapterReport, Model
 from safelight.v1 import generation_service_pb2 as pb
 from safelight.v1 import work_pb2
+from safelight.v1.adapter_service_pb2 import AdapterDescription
 from safelight.v1.model_pb2 import ModelDescription
 
 MAX_PROMPT_BYTES = 1024 * 1024
@@ -78,6 +79,10 @@ def _to_request(options: GenerationOptions) -> pb.GenerateRequest:
         height=_given("height", options.height),
         inputs=_inputs(options),
         strength=options.strength,
+        adapters=[
+            work_pb2.Adapter(name=name, scale=scale, fingerprint=options.adapter_fingerprints.get(name, ""))
+            for name, scale in options.adapters.items()
+        ],
         num_frames=_given("num_frames", options.num_frames),
         fps=_given("fps", options.fps),
         sampling=work_pb2.SamplingOptions(
@@ -197,6 +202,7 @@ def _to_model(description: ModelDescription) -> Model:
         samplers=tuple(denoiser.samplers),
         schedules=tuple(denoiser.schedules),
         max_tokens=encoder.max_tokens,
+        adapters=tuple(adapter.name for adapter in description.adapters),
         inputs=tuple(name for name, role in INPUT_ROLES.items() if role in denoiser.inputs),
         fingerprints={
             "encoder": encoder.fingerprint,
@@ -210,3 +216,24 @@ def _default_frames(description: ModelDescription) -> int | None:
     """Frames of a film that is not told how long it shall be; None for a model that makes pictures."""
     latent_frames = description.denoiser.default_latent_frames
     return 1 + (latent_frames - 1) * description.decoder.frames_per_latent if latent_frames else None
+
+
+def to_adapter(description: AdapterDescription) -> Adapter:
+    """The adapter that a gateway describes."""
+    return Adapter(
+        name=description.name,
+        path=description.path,
+        fingerprint=description.fingerprint,
+        reports=tuple(
+            AdapterReport(
+                stage=report.stage,
+                replica=report.replica,
+                layout=report.layout,
+                matched_keys=report.matched_keys,
+                unmatched_keys=tuple(report.unmatched_keys),
+                unmatched_count=report.unmatched_count,
+                bytes=report.bytes,
+            )
+            for report in description.reports
+        ),
+    )

@@ -38,6 +38,8 @@ class GenerationOptions:
             finer, small looks coarse. None: that of the picture that is drawn.
         crop: (left, top) pixels that were cropped of it, as SDXL is told; None: none.
         target_size: (width, height) after cropping, as SDXL is told; None: that of the picture that is drawn.
+        adapters: scales of the LoRAs to apply, by the names that they were loaded under.
+        adapter_fingerprints: of their files, by name; one of another fingerprint is refused. A receipt has them.
         seed: of the first picture; the others count up from it. None draws one, told in the result.
         num_images: how many pictures.
         determinism: "default" is equal up to rounding whenever it is run; "exact" is equal bit for bit, whatever else
@@ -71,6 +73,8 @@ class GenerationOptions:
     guidance_scale: float | None = None
     distilled_guidance_scale: float | None = None
     clip_skip: int | None = None
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    adapter_fingerprints: Mapping[str, str] = field(default_factory=dict)
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None

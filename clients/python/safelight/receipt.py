@@ -75,6 +75,8 @@ class Receipt:
     guidance_scale: float
     distilled_guidance_scale: float | None
     clip_skip: int
+    adapters: Mapping[str, float]
+    adapter_fingerprints: Mapping[str, str]
     original_size: tuple[int, int] | None
     crop: tuple[int, int] | None
     target_size: tuple[int, int] | None

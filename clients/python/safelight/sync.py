@@ -6,15 +6,16 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import closing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from safelight.attachment import CANCEL_SECONDS
-from safelight.client import DEFAULT_LIST_SECONDS, DEFAULT_RETRY, AsyncClient
+from safelight.client import DEFAULT_LIST_SECONDS, DEFAULT_LOAD_SECONDS, DEFAULT_RETRY, AsyncClient
 from safelight.errors import InternalError
 from safelight.options import GenerationOptions
 from safelight.retry import RetryPolicy
-from safelight.types import Event, GenerationResult, Model
+from safelight.types import Adapter, Event, GenerationResult, Model
 
 Result = TypeVar("Result")
 
@@ -107,6 +108,30 @@ class Client:
     def models(self, *, timeout_seconds: float = DEFAULT_LIST_SECONDS) -> list[Model]:
         """As AsyncClient.models."""
         return self._wait(self._client.models(timeout_seconds=timeout_seconds))
+
+    def load_adapter(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        model: str | None = None,
+        timeout_seconds: float = DEFAULT_LOAD_SECONDS,
+    ) -> Adapter:
+        """As AsyncClient.load_adapter."""
+        work = self._client.load_adapter(path, name=name, model=model, timeout_seconds=timeout_seconds)
+        return self._wait(work)
+
+    def list_adapters(
+        self, *, model: str | None = None, timeout_seconds: float = DEFAULT_LIST_SECONDS
+    ) -> list[Adapter]:
+        """As AsyncClient.list_adapters."""
+        return self._wait(self._client.list_adapters(model=model, timeout_seconds=timeout_seconds))
+
+    def unload_adapter(
+        self, name: str, *, model: str | None = None, timeout_seconds: float = DEFAULT_LOAD_SECONDS
+    ) -> None:
+        """As AsyncClient.unload_adapter."""
+        self._wait(self._client.unload_adapter(name, model=model, timeout_seconds=timeout_seconds))
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of work on the client's loop; Ctrl-C while waiting cancels the work and lets it clean up."""

@@ -135,6 +135,46 @@ Event = Accepted | Queued | Progress | Preview | GenerationResult
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What one replica made of a LoRA's file.
+
+    Args:
+        stage: "encoder" or "denoiser".
+        replica: its address.
+        layout: that was recognised, e.g. "kohya".
+        matched_keys: tensors that belong to the stage's networks.
+        unmatched_keys: the first of those that belong to nothing.
+        unmatched_count: how many of them there are.
+        bytes: that it takes on the device.
+    """
+
+    stage: str
+    replica: str
+    layout: str
+    matched_keys: int
+    unmatched_keys: tuple[str, ...]
+    unmatched_count: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA that is loaded.
+
+    Args:
+        name: what requests call it.
+        path: of its file, as the servers see it.
+        fingerprint: of the file.
+        reports: what each replica made of it.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    reports: tuple[AdapterReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model that a gateway serves.
 
@@ -153,6 +193,7 @@ class Model:
         schedules: the first is the default.
         max_tokens: of a prompt; the rest is cut and reported.
         inputs: what it takes to start from beside noise: "image", "mask".
+        adapters: names of the LoRAs that are loaded.
         fingerprints: of the weights, by stage.
     """
 
@@ -170,6 +211,7 @@ class Model:
     schedules: tuple[str, ...]
     max_tokens: int
     inputs: tuple[str, ...]
+    adapters: tuple[str, ...]
     fingerprints: Mapping[str, str]
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import typer
 
 from safelight.cli.app import app
-from safelight.errors import InvalidRequestError, SafelightError, UnknownModelError, UnsupportedError
+from safelight.errors import (
+    InvalidRequestError,
+    SafelightError,
+    UnknownAdapterError,
+    UnknownModelError,
+    UnsupportedError,
+)
 
 _WRONG_INPUT = 2
 _FAILED = 1
@@ -30,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(code, "stopped") if code == _INTERRUPTED else code  # some versions of Typer catch Ctrl-C
     except _UsageError as error:
         return _fail(_WRONG_INPUT, error.format_message())
-    except (InvalidRequestError, UnsupportedError, UnknownModelError) as error:
+    except (InvalidRequestError, UnsupportedError, UnknownModelError, UnknownAdapterError) as error:
         return _fail(_WRONG_INPUT, error.message)
     except SafelightError as error:
         return _fail(_FAILED, error.message)

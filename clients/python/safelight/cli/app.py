@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
+from safelight.cli.adapters import app as adapters
 from safelight.cli.fetch import fetch
 from safelight.cli.generate import generate
 from safelight.cli.models import models
@@ -22,6 +23,7 @@ app.command()(generate)
 app.command()(replay)
 app.command()(models)
 app.command()(fetch)
+app.add_typer(adapters, name="adapters")
 # A server reads its own flags, --help among them.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASS_ON)(up)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from safelight.cli.adapters import parse_adapters
 from safelight.cli.drawing import connect, draw
 from safelight.cli.output_files import format_of, output_paths, write_files
-from safelight.connection import endpoint_or_none
+from safelight.connection import Connection, endpoint_or_none
 from safelight.errors import InvalidRequestError
 from safelight.messages import to_request
 from safelight.model_files import entry_of
@@ -44,6 +45,10 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="At or below 1: no negative prompt.")] = None,
     distilled_guidance_scale: Annotated[float | None, typer.Option(help="Of FLUX.1-dev; default: the model's.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="CLIP layer, counted from the end.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SCALE", help="A loaded LoRA; with a stack of our own, a LoRA's file."),
+    ] = None,
     original_size: Annotated[tuple[int, int] | None, typer.Option(help="Width and height that SDXL is told.")] = None,
     crop: Annotated[tuple[int, int] | None, typer.Option(help="Left and top crop that SDXL is told.")] = None,
     target_size: Annotated[tuple[int, int] | None, typer.Option(help="Width and height after the crop.")] = None,
@@ -94,6 +99,7 @@ def generate(
         guidance_scale=guidance_scale,
         distilled_guidance_scale=distilled_guidance_scale,
         clip_skip=clip_skip,
+        adapters=parse_adapters("--adapter", adapter or ()),
         original_size=original_size,
         crop=crop,
         target_size=target_size,
@@ -111,11 +117,21 @@ def generate(
     paths, receipts = _all_paths(output, receipt, num_images)
     entry = entry_of("--model", model) if model and not target else None
     with connect(target, entry, device) as connection:
+        if target is None:
+            options = _with_loaded_adapters(connection, options)
         result = draw(connection, options, timeout, idempotency_key)
     write_files(paths, [image.data for image in result.images])
     write_files(receipts, [image.receipt.to_json().encode() for image in result.images[: len(receipts)]])
     _warn_of_truncation(result.images[0])
     typer.echo(_as_json(paths, result) if as_json else "\n".join(map(_summary, paths, result.images)))
+
+
+def _with_loaded_adapters(connection: Connection, options: GenerationOptions) -> GenerationOptions:
+    """The options for a stack of our own, where adapters are files: they are loaded, and called by number."""
+    scales = {f"adapter-{number}": scale for number, scale in enumerate(options.adapters.values())}
+    for name, path in zip(scales, options.adapters, strict=True):
+        connection.load_adapter(path, name=name)
+    return replace(options, adapters=scales)
 
 
 def _numbers(field: str, texts: Sequence[str]) -> Mapping[str, float]:

@@ -5,6 +5,7 @@ starts, or by a remote gateway when an endpoint is given; the calling process ne
 """
 
 from safelight.pipelines.flux import FluxImagePipeline, FluxPipelineConfig
+from safelight.pipelines.loras import LoraConfig
 from safelight.pipelines.sd import SDImagePipeline, SDPipelineConfig
 from safelight.pipelines.sdxl import SDXLImagePipeline, SDXLPipelineConfig
 from safelight.pipelines.wan import WanPipelineConfig, WanVideoPipeline
@@ -12,6 +13,7 @@ from safelight.pipelines.wan import WanPipelineConfig, WanVideoPipeline
 __all__ = [
     "FluxImagePipeline",
     "FluxPipelineConfig",
+    "LoraConfig",
     "SDImagePipeline",
     "SDPipelineConfig",
     "SDXLImagePipeline",

