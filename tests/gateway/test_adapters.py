@@ -8,9 +8,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from safelight.errors import InvalidRequestError, OutOfMemoryError, UnknownAdapterError, UnknownModelError
+from safelight.errors import (
+    InvalidRequestError,
+    OutOfMemoryError,
+    SafelightError,
+    UnknownAdapterError,
+    UnknownModelError,
+    from_rpc_error,
+)
 from safelight.v1 import adapter_service_pb2 as pb
 from safelight.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from safelight.v1.generation_service_pb2 import GenerateRequest, GenerateResponse
@@ -162,12 +170,22 @@ async def test_a_replica_that_comes_back_has_the_adapters_again(tiny_manifest: s
 
 async def _eventually(gateway: Gateway, adapters: list[Adapter]) -> bytes:
     """The picture, as soon as the gateway has found the replica and told it of the adapters."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while True:
-            listing = await gateway.adapters.ListAdapters(pb.ListAdaptersRequest(model="tiny"), timeout=30)
-            if [report.stage for each in listing.adapters for report in each.reports].count("denoiser"):
+            try:
                 return await gateway.file(adapters=adapters)
-            await asyncio.sleep(0.02)
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.02)
+
+
+async def _refusal(gateway: Gateway, adapters: list[Adapter]) -> SafelightError:
+    """What a request is refused with, as soon as one is."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await gateway.file(adapters=adapters, steps=1)
+            except grpc.aio.AioRpcError as error:
+                return from_rpc_error(error)
 
 
 async def test_unloading_waits_for_the_requests_that_use_the_adapter(tiny_manifest: str, style: Path) -> None:
@@ -178,8 +196,7 @@ async def test_unloading_waits_for_the_requests_that_use_the_adapter(tiny_manife
             if event.HasField("progress") and event.progress.stage == "denoiser" and event.progress.step > 1:
                 break
         unloading = asyncio.ensure_future(gateway.unload())
-        error = await failure(gateway.file(adapters=STYLE))
-        assert isinstance(error, UnknownAdapterError)
+        assert isinstance(await _refusal(gateway, STYLE), UnknownAdapterError)
         assert not unloading.done()
         last = [event async for event in call][-1]
         assert last.result.images[0].steps_run == 200
