@@ -41,6 +41,7 @@ QUICK = (
     ("bench.offload", "--tiny", "--steps", "1"),
     ("bench.flux_step", "--tiny", "--rounds", "1"),
     ("bench.wan_step", "--tiny", "--rounds", "1"),
+    ("bench.lora_step", "--tiny", "--size", "64", "--rounds", "1"),
     ("bench.vae_decode", "--tiny", "--rounds", "1"),
     ("bench.split_overhead", "--steps", "2", "--rounds", "1"),
     ("bench.step_scheduling", "--requests", "50", "--seeds", "1"),

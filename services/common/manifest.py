@@ -259,8 +259,8 @@ def _parse_adapters(entry: object, where: str) -> tuple[AdapterEntry, ...]:
     adapters = []
     for index, each in enumerate(entry):
         values = _checked(AdapterEntry, each, f"{where}[{index}]")
-        if not all(values.get(required) for required in ("name", "path")):
-            raise ManifestError(f"{where}[{index}]: needs a 'name' and a 'path'")
+        if not all(isinstance(values.get(required), str) and values[required] for required in ("name", "path")):
+            raise ManifestError(f"{where}[{index}]: needs a 'name' and a 'path', both texts")
         adapters.append(AdapterEntry(**values))
     if len({adapter.name for adapter in adapters}) < len(adapters):
         raise ManifestError(f"{where}: two adapters have one name")
