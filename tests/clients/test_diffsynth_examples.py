@@ -9,12 +9,16 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from safelight import load_video
 from tests.clients.processes import start
 from tests.support.flux_layout import original_flux_tensors
 from tests.support.ldm_layout import save_single_file
+from tests.support.lora_files import kohya, save
 from tests.support.model_hubs import ModelScopeHub
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sdxl import save_tiny_sdxl
+from tests.support.tiny_wan import save_tiny_wan
+from tests.support.wan_layout import save_original_files
 
 SIZE = 64
 STEPS = "num_inference_steps=2"
@@ -25,6 +29,8 @@ FLUX = {
     "t5-fp8-00002-of-00002.safetensors",
     "ae-bf16.safetensors",
 }
+WAN = {"dit.safetensors", "umt5.safetensors", "vae.safetensors", "google/umt5-xxl/tokenizer.json"}
+LORA = "麦橘超国风旗袍.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[M
     folder = tmp_path_factory.mktemp("hub")
     sdxl, flux = save_tiny_sdxl(folder / "sdxl"), save_tiny_flux(folder / "flux")
     t5 = flux / "text_encoder_2"
+    wan = save_tiny_wan(folder / "wan")
+    dit, vae, umt5 = save_original_files(wan, folder)
     hub = ModelScopeHub(
         {
             "MusePublic/DreamShaper_SD_1_5": {
@@ -43,6 +51,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[M
             },
             "MAILAND/majicflus_v1": {
                 "master": _read({"majicflus_v134.safetensors": _transformer_alone(flux, folder / "majicflus")})
+            },
+            "DonRat/MAJICFLUS_SuperChinesestyleheongsam": {"master": _read({LORA: _lora(folder / "lora.safetensors")})},
+            "MusePublic/wan2.1-1.3b": {"master": _read({"dit.safetensors": dit})},
+            "muse/wan2.1-umt5": {"master": _read({"umt5.safetensors": umt5})},
+            "muse/wan2.1-vae": {"master": _read({"vae.safetensors": vae})},
+            "Wan-AI/Wan2.1-T2V-1.3B": {
+                "master": _read({"google/umt5-xxl/tokenizer.json": wan / "tokenizer" / "tokenizer.json"})
             },
             "muse/FLUX.1-dev-fp8": {
                 "master": _read(
@@ -70,6 +85,11 @@ def _transformer_alone(flux: Path, path: Path) -> Path:
     return path
 
 
+def _lora(path: Path) -> Path:
+    """A kohya file for one layer of the tiny transformer."""
+    return save(kohya({"lora_unet_double_blocks_0_img_attn_proj": (64, 64)}), path)
+
+
 @pytest.mark.parametrize(
     ("script", "files"),
     [
@@ -77,21 +97,34 @@ def _transformer_alone(flux: Path, path: Path) -> Path:
         ("sdxl", {"sd_xl_base_1.0.safetensors"}),
         ("flux", FLUX),
         ("flux_offload", FLUX),
+        ("flux_lora", FLUX | {LORA}),
     ],
 )
 def test_a_script_of_the_guide_fetches_what_it_needs_and_draws(
     script: str, files: set[str], hub: ModelScopeHub, scratch: Path
 ) -> None:
+    run(script, f"width={SIZE}, height={SIZE}, seed=1, {STEPS}", files, hub, scratch)
+    with Image.open(scratch / "image.png") as picture:
+        assert picture.size == (SIZE, SIZE)
+
+
+def test_the_guides_film_is_fetched_and_made(hub: ModelScopeHub, scratch: Path) -> None:
+    run("wan", f"width={SIZE}, height={SIZE}, num_frames=5, seed=1, {STEPS}", WAN, hub, scratch)
+    film = load_video(scratch / "video.mp4")
+    assert len(film) == 5
+    assert film[0].size == (SIZE, SIZE)
+
+
+def run(script: str, arguments: str, files: set[str], hub: ModelScopeHub, scratch: Path) -> None:
+    """The script as a user runs it; it fetches the files, each once."""
     hub.asked.clear()
-    command = f"from examples.diffsynth.{script} import main; main('cpu', width={SIZE}, height={SIZE}, seed=1, {STEPS})"
     environment = {
         "MODELSCOPE_ENDPOINT": hub.url,
         "MODELSCOPE_HOME": str(scratch),
         "SAFELIGHT_CACHE": str(scratch / "cache"),
     }
+    command = f"from examples.diffsynth.{script} import main; main('cpu', {arguments})"
     with start(["-W", "error", "-c", command], scratch, **environment) as process:
         _, err = process.communicate()
     assert process.returncode == 0, err
     assert sorted(asked.path for asked in hub.asked) == sorted(files)
-    with Image.open(scratch / "image.png") as picture:
-        assert picture.size == (SIZE, SIZE)
