@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +34,7 @@ from tests.support.lora_files import Tensors, dotted, kohya, save
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sd15 import save_tiny_sd15
 from tests.support.tiny_sdxl import save_tiny_sdxl
+from tests.support.tiny_wan import save_tiny_wan
 
 CPU = torch.device("cpu")
 
@@ -39,19 +47,30 @@ class Family:
         save: writes it, in the diffusers layout.
         component: the denoiser's name in diffusers' pipeline.
         pipeline: diffusers' own.
-        latent_shape: [C, H, W].
+        latent_shape: [C, H, W], or [C, T, H, W].
     """
 
     save: Callable[[Path], Path]
     component: str
     pipeline: Any
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
+
+
+class WanTransformerAlone:
+    """As much of diffusers' pipeline as LoRAs need."""
+
+    @staticmethod
+    def from_pretrained(folder: Path) -> WanPipeline:
+        """The pipeline of the folder's transformer."""
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        return WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer)
 
 
 FAMILIES = {
     "sd15": Family(save_tiny_sd15, "unet", StableDiffusionPipeline, (4, 8, 10)),
     "sdxl": Family(save_tiny_sdxl, "unet", StableDiffusionXLPipeline, (4, 8, 12)),
     "flux": Family(save_tiny_flux, "transformer", FluxPipeline, (16, 8, 6)),
+    "wan": Family(save_tiny_wan, "transformer", WanTransformerAlone, (16, 2, 8, 6)),
 }
 
 
@@ -166,6 +185,7 @@ ORIGINAL_NAMES = {
     ),
     "sdxl": ("up_blocks.0.resnets.0.conv1", "output_blocks.0.0.in_layers.2"),
     "flux": ("transformer_blocks.1.ff.net.0.proj", "double_blocks.1.img_mlp.0"),
+    "wan": ("blocks.1.ffn.net.0.proj", "blocks.1.ffn.0"),
 }
 NAMES: dict[str, Callable[[str, str], str]] = {
     "kohya, as in the original": lambda theirs, original: f"lora_unet_{original.replace('.', '_')}",
