@@ -142,7 +142,7 @@ def check_resumed_after_five_steps(deployment: FakeDeployment, events: list[Gene
 async def test_after_a_death_the_picture_goes_on_from_the_newest_checkpoint(deploy: Deploy) -> None:
     first = First(Lost())
     fakes = first.replicas()
-    deployment = await deploy(fakes)
+    deployment = await deploy(fakes, silence_seconds=60.0)  # only its death shall be noticed
     run = asyncio.create_task(deployment.events(REQUEST))
     await first.once.done.wait()
     await deployment.until("safelight_checkpoint_bytes", len(b"state after 3"))
@@ -262,7 +262,7 @@ async def test_a_picture_that_kills_every_replica_at_the_same_step_is_given_up(d
 
 async def test_work_in_progress_waits_for_a_replica_to_come(deploy: Deploy, serve: Serve) -> None:
     first = First(Lost())
-    deployment = await deploy(first.replicas(1))
+    deployment = await deploy(first.replicas(1), silence_seconds=60.0)  # only its death shall be noticed
     run = asyncio.create_task(deployment.events(REQUEST))
     await first.once.done.wait()
     await deployment.until("safelight_checkpoint_bytes", len(b"state after 3"))
@@ -394,7 +394,7 @@ async def test_when_the_weights_are_replaced_a_picture_without_a_file_is_made_wi
     deploy: Deploy, serve: Serve
 ) -> None:
     first = First(Lost())
-    deployment = await deploy(first.replicas(1))
+    deployment = await deploy(first.replicas(1), silence_seconds=60.0)  # only its death shall be noticed
     run = asyncio.create_task(deployment.events(REQUEST))
     await first.once.done.wait()
     await deployment.until("safelight_checkpoint_bytes", len(b"state after 3"))
