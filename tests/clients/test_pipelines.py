@@ -17,9 +17,10 @@ from safelight import (
     SDPipelineConfig,
     UnknownModelError,
     UnsupportedError,
+    WanPipelineConfig,
 )
 from safelight.model_files import entry_of
-from safelight.pipelines.config import DTYPES, PipelineConfig, manifest_entry, stack_settings
+from safelight.pipelines.config import DTYPES, manifest_entry, stack_settings
 from services.common import manifest
 
 STEPS = 3
@@ -151,8 +152,8 @@ def test_a_model_of_another_family_is_refused(endpoint: str, monkeypatch: pytest
 
 
 def test_a_config_of_another_pipeline_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="is a PipelineConfig; give a SDPipelineConfig"):
-        SDImagePipeline.from_pretrained(PipelineConfig("tiny"))
+    with pytest.raises(InvalidRequestError, match="is a WanPipelineConfig; give a SDPipelineConfig"):
+        SDImagePipeline.from_pretrained(WanPipelineConfig("tiny"))
 
 
 @pytest.mark.parametrize(

