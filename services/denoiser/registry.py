@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,9 @@ from services.denoiser.models.sdxl import load_sdxl
 from services.denoiser.models.wan import WanDenoiser
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
+from services.modeling.loading import Loader
 from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.placement import PlacedWeights
 
 
@@ -56,9 +59,22 @@ class Denoiser(Protocol):
         ...
 
 
-LOADERS: dict[str, Callable[[ModelEntry, torch.device], Denoiser]] = {
+class DenoiserLoader(Protocol):
+    """Reads a manifest entry's network onto a device; the ranks of a mesh share it."""
+
+    def __call__(self, entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> Denoiser:
+        """Raises CheckpointError: it can't be read, or a family's network can't be shared as the mesh does."""
+        ...
+
+
+LOADERS: dict[str, DenoiserLoader] = {
     "sd15": load_sd15,
     "sdxl": load_sdxl,
     "flux": FluxDenoiser.load,
     "wan": WanDenoiser.load,
 }
+
+
+def loaders_over(mesh: ParallelMesh) -> dict[str, Loader[Denoiser]]:
+    """The loaders, of networks that the ranks of a mesh share."""
+    return {family: partial(load, mesh=mesh) for family, load in LOADERS.items()}

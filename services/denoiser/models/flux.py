@@ -22,6 +22,7 @@ from services.denoiser.models.scheduler_config import flow_sampling, scheduler_c
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.components import open_component
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh, check_directions
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
@@ -66,12 +67,13 @@ class FluxDenoiser:
         self.preview_map = preview_map
 
     @classmethod
-    def load(cls, entry: ModelEntry, device: torch.device) -> FluxDenoiser:
-        """Read the transformer of a manifest entry, from any layout, onto the device.
+    def load(cls, entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> FluxDenoiser:
+        """Read the transformer of a manifest entry, from any layout, onto the device; ranks of a mesh share it.
 
         Raises:
-            CheckpointError: the weights are missing, damaged or not of this architecture.
+            CheckpointError: it can't be shared so, or the weights are missing, damaged or not of this architecture.
         """
+        check_directions(entry, mesh, ())
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_flux_dit(
@@ -80,6 +82,7 @@ class FluxDenoiser:
             device=placement.loading_device,
             dtype=placement.dtype,
             float8=placement.float8,
+            mesh=mesh,
         )
         takes_guidance = dit.params.distilled_guidance
         return cls(

@@ -29,6 +29,7 @@ from services.modeling.layers import GeluLinear, Linear, TensorModule
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
@@ -143,9 +144,9 @@ class SingleBlock(TensorModule):
 class FluxDiT(TensorModule):
     """Predicts the velocity from a picture to noise, given the time between them and the text."""
 
-    def __init__(self, params: FluxDiTParams) -> None:
+    def __init__(self, params: FluxDiTParams, mesh: ParallelMesh = ONE_RANK_MESH) -> None:
         super().__init__()
-        self.params, width = params, params.width
+        self.params, self.mesh, width = params, mesh, params.width
         self.image_in = Linear(params.in_channels, width)
         self.text_in = Linear(params.context_width, width)
         self.time_in = Embedder(TIME_FEATURES, width)
@@ -262,6 +263,7 @@ def load_flux_dit(
     device: torch.device,
     dtype: torch.dtype,
     float8: bool = False,
+    mesh: ParallelMesh = ONE_RANK_MESH,
 ) -> FluxDiT:
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
@@ -271,7 +273,7 @@ def load_flux_dit(
     layout = find_layout(checkpoint)
     params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
     with torch.device("meta"):
-        dit = FluxDiT(params)
+        dit = FluxDiT(params, mesh)
     sources = layout.sources(dit.state_dict().keys())
     load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
     return dit.eval()

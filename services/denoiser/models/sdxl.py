@@ -15,6 +15,7 @@ from services.denoiser.models.scheduler_config import AYS_SDXL
 from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.unet_denoiser import UNetDenoiser, UNetFamily
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 
 _PIXELS_PER_LATENT = 8
 
@@ -53,6 +54,6 @@ def told_sizes(conditioning: PromptConditioning) -> tuple[int, int, int, int, in
 SDXL = UNetFamily(name="sdxl", sample_size=128, added=PooledTextAndSizes(), ays_timesteps=AYS_SDXL)
 
 
-def load_sdxl(entry: ModelEntry, device: torch.device) -> UNetDenoiser:
+def load_sdxl(entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> UNetDenoiser:
     """The UNet of a manifest entry; raises CheckpointError as `UNetDenoiser.load`."""
-    return UNetDenoiser.load(SDXL, entry, device)
+    return UNetDenoiser.load(SDXL, entry, device, mesh)

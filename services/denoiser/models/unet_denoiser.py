@@ -19,6 +19,7 @@ from services.denoiser.models.sd_unet_params import SDUNetParams
 from services.denoiser.previews import LatentPreviewMap, preview_map_of
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.components import open_component, read_json
+from services.modeling.parallel.mesh import ParallelMesh, check_directions
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
@@ -110,12 +111,13 @@ class UNetDenoiser:
         self.preview_map = preview_map
 
     @classmethod
-    def load(cls, family: UNetFamily, entry: ModelEntry, device: torch.device) -> UNetDenoiser:
-        """Read the UNet of a manifest entry, from either layout, onto the device.
+    def load(cls, family: UNetFamily, entry: ModelEntry, device: torch.device, mesh: ParallelMesh) -> UNetDenoiser:
+        """Read the UNet of a manifest entry, from either layout, onto the device; every rank has a whole one.
 
         Raises:
-            CheckpointError: the weights are missing, damaged or not of this family.
+            CheckpointError: the weights are missing, damaged or not of this family, or the mesh shares the network.
         """
+        check_directions(entry, mesh, ())
         source = open_component(entry, entry.denoiser, "unet")
         placement = placement_of(entry.denoiser, device)
         unet = load_sd_unet(

@@ -19,6 +19,7 @@ from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.denoiser.sampling.rectified_flow import RectifiedFlow
 from services.modeling.components import open_component
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh, check_directions
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
 from services.modeling.wire import DATA_TYPES
 
@@ -56,12 +57,13 @@ class WanDenoiser:
         self._defaults = defaults
 
     @classmethod
-    def load(cls, entry: ModelEntry, device: torch.device) -> WanDenoiser:
-        """Read the transformer of a manifest entry, from any layout, onto the device.
+    def load(cls, entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> WanDenoiser:
+        """Read the transformer of a manifest entry, from any layout, onto the device; ranks of a mesh share it.
 
         Raises:
-            CheckpointError: the weights are missing, damaged or not of a text-to-video model.
+            CheckpointError: it can't be shared so, or the weights are missing, damaged or not of a text-to-video model.
         """
+        check_directions(entry, mesh, ())
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_wan_dit(
@@ -70,6 +72,7 @@ class WanDenoiser:
             device=placement.loading_device,
             dtype=placement.dtype,
             float8=placement.float8,
+            mesh=mesh,
         )
         if dit.params.in_channels != dit.params.out_channels:
             raise CheckpointError(

@@ -24,6 +24,7 @@ from services.modeling.layers import GeluLinear, Linear, TensorModule
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, weight_names
+from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, load_weights
@@ -182,9 +183,9 @@ class Head(TensorModule):
 class WanDiT(TensorModule):
     """Predicts the velocity from a film to noise, given the time between them, the text and perhaps a picture."""
 
-    def __init__(self, params: WanDiTParams) -> None:
+    def __init__(self, params: WanDiTParams, mesh: ParallelMesh = ONE_RANK_MESH) -> None:
         super().__init__()
-        self.params, width = params, params.width
+        self.params, self.mesh, width = params, mesh, params.width
         self.patch_in = nn.Conv3d(params.in_channels, width, PATCH, stride=PATCH)
         self.text_in = TextEmbedder(params.text_width, width)
         self.time_in = Embedder(TIME_FEATURES, width)
@@ -279,6 +280,7 @@ def load_wan_dit(
     device: torch.device,
     dtype: torch.dtype,
     float8: bool = False,
+    mesh: ParallelMesh = ONE_RANK_MESH,
 ) -> WanDiT:
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
@@ -288,7 +290,7 @@ def load_wan_dit(
     layout = find_layout(checkpoint)
     params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
     with torch.device("meta"):
-        dit = WanDiT(params)
+        dit = WanDiT(params, mesh)
     sources = layout.sources(dit.state_dict().keys())
     load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
     return dit.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
+from safelight.errors import CheckpointError
+from services.common.manifest import ModelEntry
 from services.common.parallel_degrees import ParallelDegrees
 
 
@@ -37,6 +40,11 @@ class ParallelMesh:
     all_ranks: Axis = Axis()
     fsdp: bool = False
 
+    def shared_directions(self) -> list[str]:
+        """The names of the directions in which ranks share one network; with none, each has a whole one of its own."""
+        axes = {"ring": self.ring, "ulysses": self.ulysses, "tensor": self.tensor}
+        return [name for name, axis in axes.items() if axis.size > 1] + ["fsdp"] * self.fsdp
+
 
 ONE_RANK_MESH = ParallelMesh()
 """Of a process without a group."""
@@ -57,3 +65,17 @@ def mesh_of(degrees: ParallelDegrees, device: torch.device) -> ParallelMesh:
     }
     everyone = Axis(distributed.get_rank(), degrees.ranks, distributed.group.WORLD)
     return ParallelMesh(**axes, all_ranks=everyone, fsdp=degrees.fsdp)
+
+
+def check_directions(entry: ModelEntry, mesh: ParallelMesh, supported: Collection[str]) -> None:
+    """That a model's network can be shared as the mesh asks for.
+
+    Raises:
+        CheckpointError: in a direction beyond those that its family supports.
+    """
+    beyond = [name for name in mesh.shared_directions() if name not in supported]
+    if beyond:
+        raise CheckpointError(
+            f"model {entry.name!r}: its family can't be shared over ranks by {', '.join(beyond)}, only by "
+            f"{', '.join(('cfg', *supported))}: change the model's parallel degrees"
+        )
