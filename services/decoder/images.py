@@ -1,4 +1,4 @@
-"""Picture files: what a decoded picture becomes, and what an uploaded one is read from. PNG, JPEG and WebP by Pillow.
+"""Picture files: what a decoded picture becomes, and an uploaded one as a tensor. PNG, JPEG and WebP by Pillow.
 
 The generation parameters travel inside the file, where other tools look for them: a PNG holds their text form as the
 chunk `parameters` (and the same facts as JSON in the chunk `safelight`), JPEG and WebP as the EXIF tag UserComment.
@@ -18,15 +18,8 @@ from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from services.common.picture_files import (
-    DEFAULT_LIMITS,
-    PictureError,
-    PictureLimits,
-    open_file,
-    opened_picture,
-    quietly,
-    reading,
-)
+from services.common.picture_files import DEFAULT_LIMITS, PictureError, PictureLimits, open_file, quietly, reading
+from services.common.picture_pixels import read_pixels
 from services.decoder.generation_parameters import GenerationParameters, parameters_text, parse_parameters
 
 
@@ -88,38 +81,10 @@ def check_side(file_format: PictureFormat, side: int) -> None:
         raise PictureError(f"{file_format.value} holds up to {MAX_SIDE[file_format]} pixels a side, got {side}")
 
 
-def read_pixels(
-    data: bytes, limits: PictureLimits = DEFAULT_LIMITS, size: tuple[int, int] | None = None
-) -> NDArray[np.uint8]:
-    """A PNG, JPEG or WebP file as levels [H, W, 3]: upright by its EXIF, transparency on white.
-
-    size: width and height that it is stretched to (Lanczos); None: its own.
-
-    Raises PictureError if the file is over the limits, broken, or of another format.
-    """
-    with opened_picture(data, limits) as picture:
-        image = picture.upright(_on(_eight_bit(picture.image), "white"))
-        if size is not None and image.size != size:
-            image = image.resize(size, Image.Resampling.LANCZOS)
-        return np.array(image)
-
-
 def read_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS, size: tuple[int, int] | None = None) -> Tensor:
     """`read_pixels` as [1, 3, H, W] in [-1, 1], float32."""
     pixels = torch.from_numpy(read_pixels(data, limits, size))
     return pixels.permute(2, 0, 1).unsqueeze(0).float().div_(127.5).sub_(1)
-
-
-def read_mask(data: bytes, size: tuple[int, int], limits: PictureLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """A mask's file as its brightness [H, W], 255 where to repaint: upright by its EXIF, transparency on black.
-
-    size: width and height that it is stretched to, each pixel the mean of those that it covers.
-
-    Raises PictureError as `read_pixels` does.
-    """
-    with opened_picture(data, limits) as picture:
-        mask = picture.upright(_on(_eight_bit(picture.image), "black").convert("L"))
-        return np.array(mask.resize(size, Image.Resampling.BOX))
 
 
 def read_parameters(data: bytes) -> dict[str, object] | None:
@@ -177,18 +142,3 @@ def _user_comment(image: ImageFile) -> str:
         return ""
     encoding = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}.get(comment[:8])
     return comment[8:].decode(encoding) if encoding else ""
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit greys, which Pillow would clip at 255, scaled to 8 bits."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-
-
-def _on(image: Image.Image, background: str) -> Image.Image:
-    """Any mode as RGB, with transparent parts blended onto a background."""
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")

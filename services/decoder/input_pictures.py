@@ -13,7 +13,8 @@ from safelight.errors import InvalidRequestError
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import DecoderDescription
 from services.common.picture_files import PictureError, PictureLimits
-from services.decoder.images import read_mask, read_picture, read_pixels
+from services.common.picture_pixels import read_mask, read_pixels
+from services.decoder.images import read_picture
 from services.decoder.masks import composite, latent_mask
 from services.decoder.validation import check_picture_size
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from services.common.picture_files import PictureError, PictureLimits
-from services.decoder.images import read_mask
+from services.common.picture_pixels import read_mask
 from services.decoder.masks import composite, latent_mask
 
 LEFT_HALF = np.repeat([[255] * 32 + [0] * 32], 40, axis=0).astype(np.uint8)

@@ -44,6 +44,8 @@ class DenoiseRequest(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
+    KEYFRAME_LATENTS_FIELD_NUMBER: _builtins.int
+    KEYFRAMES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     seed: _builtins.int
@@ -104,6 +106,16 @@ class DenoiseRequest(_message.Message):
     def size_conditioning(self) -> _work_pb2.SizeConditioning:
         """Sizes that the model is told; unset: those of the latent."""
 
+    @_builtins.property
+    def keyframe_latents(self) -> _tensor_pb2.TensorRef:
+        """For models that are led through keyframes, which need them: the latents [1, C, T, H, W], float32, of a film that
+        shows the keyframes in their places and grey between.
+        """
+
+    @_builtins.property
+    def keyframes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Frames of the film at which the keyframes are, from 0, rising."""
+
     def __init__(
         self,
         *,
@@ -124,10 +136,12 @@ class DenoiseRequest(_message.Message):
         checkpoints: _work_pb2.CheckpointOptions | None = ...,
         resume_from: _work_pb2.Checkpoint | None = ...,
         size_conditioning: _work_pb2.SizeConditioning | None = ...,
+        keyframe_latents: _tensor_pb2.TensorRef | None = ...,
+        keyframes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "guidance", b"guidance", "initial_latents", b"initial_latents", "mask", b"mask", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "guidance", b"guidance", "initial_latents", b"initial_latents", "keyframe_latents", b"keyframe_latents", "mask", b"mask", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "keyframe_latents", b"keyframe_latents", "keyframes", b"keyframes", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015

@@ -26,7 +26,7 @@ from safelight.v1 import tensor_pb2 as safelight_dot_v1_dot_tensor__pb2
 from safelight.v1 import work_pb2 as safelight_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/encoder_service.proto\x12\x0csafelight.v1\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\x90\x02\n\rEncodeRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x11\n\tclip_skip\x18\x04 \x01(\x05\x12(\n\x06inputs\x18\x05 \x03(\x0b\x32\x18.safelight.v1.MediaInput\x12\x33\n\x0b\x64\x65terminism\x18\x06 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x18\n\x10negative_prompts\x18\x07 \x01(\x05\x12\'\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x15.safelight.v1.Adapter\"~\n\rEncodedPrompt\x12\x30\n\x0c\x63onditioning\x18\x01 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x16\n\x0etruncated_text\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"i\n\x0e\x45ncodeResponse\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.safelight.v1.EncodedPrompt\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming2U\n\x0e\x45ncoderService\x12\x43\n\x06\x45ncode\x12\x1b.safelight.v1.EncodeRequest\x1a\x1c.safelight.v1.EncodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/encoder_service.proto\x12\x0csafelight.v1\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\xaf\x02\n\rEncodeRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x11\n\tclip_skip\x18\x04 \x01(\x05\x12(\n\x06inputs\x18\x05 \x03(\x0b\x32\x18.safelight.v1.MediaInput\x12\x33\n\x0b\x64\x65terminism\x18\x06 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12\x18\n\x10negative_prompts\x18\x07 \x01(\x05\x12\'\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x15.safelight.v1.Adapter\x12\r\n\x05width\x18\t \x01(\x05\x12\x0e\n\x06height\x18\n \x01(\x05\"~\n\rEncodedPrompt\x12\x30\n\x0c\x63onditioning\x18\x01 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x16\n\x0etruncated_text\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"i\n\x0e\x45ncodeResponse\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.safelight.v1.EncodedPrompt\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming2U\n\x0e\x45ncoderService\x12\x43\n\x06\x45ncode\x12\x1b.safelight.v1.EncodeRequest\x1a\x1c.safelight.v1.EncodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.encoder_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCODEREQUEST']._serialized_start=105
-  _globals['_ENCODEREQUEST']._serialized_end=377
-  _globals['_ENCODEDPROMPT']._serialized_start=379
-  _globals['_ENCODEDPROMPT']._serialized_end=505
-  _globals['_ENCODERESPONSE']._serialized_start=507
-  _globals['_ENCODERESPONSE']._serialized_end=612
-  _globals['_ENCODERSERVICE']._serialized_start=614
-  _globals['_ENCODERSERVICE']._serialized_end=699
+  _globals['_ENCODEREQUEST']._serialized_end=408
+  _globals['_ENCODEDPROMPT']._serialized_start=410
+  _globals['_ENCODEDPROMPT']._serialized_end=536
+  _globals['_ENCODERESPONSE']._serialized_start=538
+  _globals['_ENCODERESPONSE']._serialized_end=643
+  _globals['_ENCODERSERVICE']._serialized_start=645
+  _globals['_ENCODERSERVICE']._serialized_end=730
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,8 @@ class EncodeRequest(_message.Message):
     DETERMINISM_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPTS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     clip_skip: _builtins.int
@@ -44,6 +46,10 @@ class EncodeRequest(_message.Message):
     """How many of the prompts, at the end of the list, say what the picture shall not show: some models stand for an empty
     one by zeros.
     """
+    width: _builtins.int
+    """Width in pixels of the film that the inputs are for, to which they are scaled; 0, as the height then: their own."""
+    height: _builtins.int
+    """Height in pixels of the same."""
     @_builtins.property
     def context(self) -> _work_pb2.WorkContext:
         """Who asks."""
@@ -54,7 +60,9 @@ class EncodeRequest(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.MediaInput]:
-        """Pictures or sound that condition the model beside the text."""
+        """Pictures that condition the model beside the text, in their order in time: what is made of them is part of every
+        prompt's conditioning.
+        """
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.Adapter]:
@@ -71,10 +79,12 @@ class EncodeRequest(_message.Message):
         determinism: _work_pb2.DeterminismClass.ValueType = ...,
         negative_prompts: _builtins.int = ...,
         adapters: _abc.Iterable[_work_pb2.Adapter] | None = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "inputs", b"inputs", "model", b"model", "negative_prompts", b"negative_prompts", "prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "clip_skip", b"clip_skip", "context", b"context", "determinism", b"determinism", "height", b"height", "inputs", b"inputs", "model", b"model", "negative_prompts", b"negative_prompts", "prompts", b"prompts", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EncoderServiceStub(object):
-    """Text (later image and audio) encoders.
+    """Text and image (later audio) encoders.
     """
 
     def __init__(self, channel):
@@ -43,12 +43,13 @@ class EncoderServiceStub(object):
 
 
 class EncoderServiceServicer(object):
-    """Text (later image and audio) encoders.
+    """Text and image (later audio) encoders.
     """
 
     def Encode(self, request, context):
         """Encode gives the conditioning of each prompt, in order. Calls that arrive together share a batch.
-        INVALID_ARGUMENT: a prompt or clip_skip out of range. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: queue full.
+        INVALID_ARGUMENT: a prompt or clip_skip out of range, or an input that is no picture. NOT_FOUND: unknown model.
+        RESOURCE_EXHAUSTED: queue full. UNIMPLEMENTED: the model takes no such input.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +72,7 @@ def add_EncoderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EncoderService(object):
-    """Text (later image and audio) encoders.
+    """Text and image (later audio) encoders.
     """
 
     @staticmethod

@@ -13,16 +13,17 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EncoderServiceStub:
-    """Text (later image and audio) encoders."""
+    """Text and image (later audio) encoders."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Encode: _aio.UnaryUnaryMultiCallable[_encoder_service_pb2.EncodeRequest, _encoder_service_pb2.EncodeResponse]
     """Encode gives the conditioning of each prompt, in order. Calls that arrive together share a batch.
-    INVALID_ARGUMENT: a prompt or clip_skip out of range. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: queue full.
+    INVALID_ARGUMENT: a prompt or clip_skip out of range, or an input that is no picture. NOT_FOUND: unknown model.
+    RESOURCE_EXHAUSTED: queue full. UNIMPLEMENTED: the model takes no such input.
     """
 
 class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text (later image and audio) encoders."""
+    """Text and image (later audio) encoders."""
 
     @_abc_1.abstractmethod
     def Encode(
@@ -31,7 +32,8 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_encoder_service_pb2.EncodeRequest, _abc.Awaitable[_encoder_service_pb2.EncodeResponse]],
     ) -> _abc.Awaitable[_encoder_service_pb2.EncodeResponse]:
         """Encode gives the conditioning of each prompt, in order. Calls that arrive together share a batch.
-        INVALID_ARGUMENT: a prompt or clip_skip out of range. NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: queue full.
+        INVALID_ARGUMENT: a prompt or clip_skip out of range, or an input that is no picture. NOT_FOUND: unknown model.
+        RESOURCE_EXHAUSTED: queue full. UNIMPLEMENTED: the model takes no such input.
         """
 
 def add_EncoderServiceServicer_to_server(servicer: EncoderServiceServicer, server: _aio.Server) -> None: ...

@@ -54,8 +54,9 @@ class GenerateRequest(_message.Message):
     negative_prompt: _builtins.str
     """What it shall not show."""
     width: _builtins.int
-    """Width in pixels; 0: the input picture's, rounded to what the model takes (with a height: in its proportion), or
-    without one the model's default. The input picture is scaled to this size.
+    """Width in pixels; 0: the input picture's, rounded to what the model takes (with a height: in its proportion; of a film:
+    the model's default area in the proportions of the first picture), or without one the model's default. Input pictures
+    are scaled to this size.
     """
     height: _builtins.int
     """Height in pixels; 0: as for the width."""
@@ -97,7 +98,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_work_pb2.MediaInput]:
-        """Pictures, masks, films and sound to start from: at most one picture, and one mask for it."""
+        """Pictures, masks, films and sound to start from: at most one picture, and one mask for it. A model that is led through
+        keyframes takes several pictures, in their order in time: they are spread evenly over the film, the first of them at
+        its first frame and the last one of several at its last.
+        """
 
     @_builtins.property
     def output(self) -> _work_pb2.OutputOptions:

@@ -81,6 +81,7 @@ class EncoderDescription(_message.Message):
     MAX_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     DEFAULT_CLIP_SKIP_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     max_tokens: _builtins.int
@@ -91,6 +92,10 @@ class EncoderDescription(_message.Message):
     """clip_skip when a request has none."""
     max_prompt_bytes: _builtins.int
     """Largest prompt in UTF-8 bytes."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedScalarFieldContainer[_work_pb2.MediaRole.ValueType]:
+        """What it encodes beside text."""
+
     def __init__(
         self,
         *,
@@ -99,10 +104,11 @@ class EncoderDescription(_message.Message):
         max_clip_skip: _builtins.int = ...,
         default_clip_skip: _builtins.int = ...,
         max_prompt_bytes: _builtins.int = ...,
+        inputs: _abc.Iterable[_work_pb2.MediaRole.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_clip_skip", b"default_clip_skip", "fingerprint", b"fingerprint", "max_clip_skip", b"max_clip_skip", "max_prompt_bytes", b"max_prompt_bytes", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_clip_skip", b"default_clip_skip", "fingerprint", b"fingerprint", "inputs", b"inputs", "max_clip_skip", b"max_clip_skip", "max_prompt_bytes", b"max_prompt_bytes", "max_tokens", b"max_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -156,6 +162,8 @@ class DenoiserDescription(_message.Message):
     DEFAULT_LATENT_FRAMES_FIELD_NUMBER: _builtins.int
     MAX_LATENT_VOLUME_FIELD_NUMBER: _builtins.int
     DEFAULT_FPS_FIELD_NUMBER: _builtins.int
+    MIN_KEYFRAMES_FIELD_NUMBER: _builtins.int
+    MAX_KEYFRAMES_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Fingerprint of the weights."""
     latent_channels: _builtins.int
@@ -190,6 +198,12 @@ class DenoiserDescription(_message.Message):
     """Most latent elements of a film, over all its latent frames; 0 for pictures."""
     default_fps: _builtins.float
     """Frames per second of a film when a request has none."""
+    min_keyframes: _builtins.int
+    """Fewest pictures that a film must be led through."""
+    max_keyframes: _builtins.int
+    """Most pictures that a film may be led through: those of its first frame, of its last one, and between; 0: none, and a
+    picture among the inputs is one that noise is added to.
+    """
     @_builtins.property
     def conditioning(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the conditioning tensors it needs."""
@@ -235,10 +249,12 @@ class DenoiserDescription(_message.Message):
         default_latent_frames: _builtins.int = ...,
         max_latent_volume: _builtins.int = ...,
         default_fps: _builtins.float = ...,
+        min_keyframes: _builtins.int = ...,
+        max_keyframes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "default_distilled_scale", b"default_distilled_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_fps", b"default_fps", "default_guidance_scale", b"default_guidance_scale", "default_latent_frames", b"default_latent_frames", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_latent_area", b"max_latent_area", "max_latent_volume", b"max_latent_volume", "max_steps", b"max_steps", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale", "adapters", b"adapters", "calls_per_step", b"calls_per_step", "conditioning", b"conditioning", "default_distilled_scale", b"default_distilled_scale", "default_fps", b"default_fps", "default_guidance_scale", b"default_guidance_scale", "default_latent_frames", b"default_latent_frames", "default_latent_height", b"default_latent_height", "default_latent_width", b"default_latent_width", "default_steps", b"default_steps", "dtype", b"dtype", "fingerprint", b"fingerprint", "inputs", b"inputs", "latent_channels", b"latent_channels", "latent_multiple", b"latent_multiple", "max_keyframes", b"max_keyframes", "max_latent_area", b"max_latent_area", "max_latent_volume", b"max_latent_volume", "max_steps", b"max_steps", "min_keyframes", b"min_keyframes", "previews", b"previews", "samplers", b"samplers", "schedules", b"schedules", "size_conditioning", b"size_conditioning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_distilled_scale: _TypeAlias = _typing.Literal["default_distilled_scale"]  # noqa: Y015
     _WhichOneofArgType__default_distilled_scale: _TypeAlias = _typing.Literal["_default_distilled_scale", b"_default_distilled_scale"]  # noqa: Y015
