@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -35,17 +36,22 @@ from safelight.v1.work_pb2 import (
 )
 from services.common.exchange import tensor_store
 from services.denoiser.sampling.state import SamplerState, state_to_bytes
+from tests.support.films import film_file, moving_square
 from tests.support.fuzz_target import SECONDS, FuzzTarget, Outcome
 from tests.support.spoiled_messages import mutilated, spoiled
 from tests.support.stage_requests import conditioning, decode_request, denoise_request, from_picture
+from tests.support.tiny_wan import save_tiny_wan
 
 OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 @pytest.fixture(scope="module")
-def target(tiny_manifest: str) -> Iterator[FuzzTarget]:
+def target(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuzzTarget]:
     """Its tensors are small, and travel under leases as if they were large."""
-    target = FuzzTarget(tiny_manifest)
+    folder = tmp_path_factory.mktemp("fuzz")
+    tiny_wan, manifest = save_tiny_wan(folder / "tiny-wan"), folder / "manifest.yaml"
+    manifest.write_text(f"models: [{{name: tiny, path: {tiny_sd15}}}, {{name: tiny-wan, path: {tiny_wan}}}]\n")
+    target = FuzzTarget(str(manifest))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_store, "MAX_INLINE_BYTES", 256)
         target.start()
@@ -57,6 +63,9 @@ def picture() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(file, "PNG")
     return file.getvalue()
+
+
+FILM = film_file(moving_square(5, (16, 16)))
 
 
 def lease(endpoint: str) -> TensorRef:
@@ -121,6 +130,16 @@ CASES = {
         "decoder",
         "DecoderService/EncodeImage",
         decoder.EncodeImageRequest(model="tiny", image=picture(), mask=picture(), width=64, height=128),
+    ),
+    "encode film": Case(
+        "decoder",
+        "DecoderService/EncodeFilm",
+        decoder.EncodeFilmRequest(model="tiny-wan", film=FILM, width=16, height=16, num_frames=5),
+    ),
+    "encode keyframes": Case(
+        "decoder",
+        "DecoderService/EncodeFilm",
+        decoder.EncodeFilmRequest(model="tiny-wan", keyframes=[picture()] * 2, width=16, height=16, num_frames=5),
     ),
     "generate": Case("gateway", "GenerationService/Generate", GENERATE),
     "generate from a picture": Case("gateway", "GenerationService/Generate", REPAINT),
@@ -208,6 +227,14 @@ HUGE_REQUESTS: dict[str, tuple[str, Message]] = {
     "many axes": ("denoise", DenoiseRequest(model="tiny", latent_shape=[2**62] * 100_000)),
     "many tokens": ("denoise", DenoiseRequest(model="tiny", conditioning=conditioning(0, 10_000))),
     "no picture": ("encode image", decoder.EncodeImageRequest(model="tiny", image=HUGE)),
+    "no film": (
+        "encode film",
+        decoder.EncodeFilmRequest(model="tiny-wan", film=HUGE, width=16, height=16, num_frames=5),
+    ),
+    "many keyframes": (
+        "encode keyframes",
+        decoder.EncodeFilmRequest(model="tiny-wan", keyframes=[b"x"] * 500_000, width=16, height=16, num_frames=5),
+    ),
     "no picture to start from": (
         "generate",
         GenerateRequest(model="tiny", inputs=[MediaInput(role=MEDIA_ROLE_IMAGE, data=HUGE)]),

@@ -22,12 +22,14 @@ from services.common.picture_files import PictureLimits
 from services.common.received_bytes import received_bytes
 from services.decoder.device_work import DeviceWork
 from services.decoder.film_decoding import FilmDecoding
+from services.decoder.film_encoding import FilmEncoding
 from services.decoder.images import to_pixels
+from services.decoder.input_films import keyframe_indices
 from services.decoder.input_pictures import paste_original, read_input
 from services.decoder.output_files import OutputFile, latents_file, picture_file
 from services.decoder.registry import PictureDecoder
 from services.decoder.tiling import Tiling
-from services.decoder.validation import check_decode, check_encode_image
+from services.decoder.validation import check_decode, check_encode_film, check_encode_image
 from services.modeling.wire import TorchPayload, check_finite, make_header, read_tensor
 
 _UPLOADS_READ_AT_ONCE = 2  # a small file may hold many pixels
@@ -39,6 +41,7 @@ class Decoding:
 
     pictures: Mapping[str, PictureDecoder]
     films: FilmDecoding
+    film_encoding: FilmEncoding
     device: DeviceWork
     reader: TensorReader
     store: TensorStore
@@ -86,13 +89,30 @@ class Decoding:
         kind = WorkKind(request.model, tuple(side // description.scale_factor for side in image.shape[-2:]))
         latents, timing = await self.device.compute(kind, lambda: decoder.encode(image, self.tiling))
         check_finite(latents, "the encoded picture")
-        response = pb.EncodeImageResponse(latents=await self._lease(latents, decoder.fingerprint), timing=timing)
+        leased = await self._lease(latents, "BCHW", decoder.fingerprint)
+        response = pb.EncodeImageResponse(latents=leased, timing=timing)
         if mask is not None:
-            response.mask.CopyFrom(await self._lease(mask))
+            response.mask.CopyFrom(await self._lease(mask, "BCHW"))
         return response
 
-    async def _lease(self, tensor: Tensor, fingerprint: str = "") -> TensorRef:
-        return await self.store.put(make_header(tensor, "BCHW", fingerprint), TorchPayload(tensor))
+    async def encode_film(self, request: pb.EncodeFilmRequest) -> pb.EncodeFilmResponse:
+        """The normalised latents of a film, or of keyframes amid grey.
+
+        Raises:
+            SafelightError: of the kinds that DecoderService.EncodeFilm documents.
+        """
+        description = find_model(self.models, request.model).decoder
+        check_encode_film(request, description, self.film_encoding.films)
+        check_own_fingerprint(request.context, "decoder", description.fingerprint)
+        latents, timing = await self.film_encoding.run(request, description)
+        return pb.EncodeFilmResponse(
+            latents=await self._lease(latents, "BCTHW", description.fingerprint),
+            timing=timing,
+            keyframe_indices=keyframe_indices(len(request.keyframes), request.num_frames),
+        )
+
+    async def _lease(self, tensor: Tensor, layout: str, fingerprint: str = "") -> TensorRef:
+        return await self.store.put(make_header(tensor, layout, fingerprint), TorchPayload(tensor))
 
     async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
         decoder = self.pictures[request.model]

@@ -45,6 +45,11 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     return levels.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
+def from_pixels(pixels: NDArray[np.uint8]) -> Tensor:
+    """Levels [H, W, 3] as a picture [3, H, W] in [-1, 1], float32."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
 def write_picture(
     pixels: NDArray[np.uint8],
     file_format: PictureFormat,
@@ -83,8 +88,7 @@ def check_side(file_format: PictureFormat, side: int) -> None:
 
 def read_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS, size: tuple[int, int] | None = None) -> Tensor:
     """`read_pixels` as [1, 3, H, W] in [-1, 1], float32."""
-    pixels = torch.from_numpy(read_pixels(data, limits, size))
-    return pixels.permute(2, 0, 1).unsqueeze(0).float().div_(127.5).sub_(1)
+    return from_pixels(read_pixels(data, limits, size))[None]
 
 
 def read_parameters(data: bytes) -> dict[str, object] | None:

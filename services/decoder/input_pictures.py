@@ -27,13 +27,13 @@ def read_input(
     Raises:
         InvalidRequestError: a file can't be read, or the picture's own size does not fit the model.
     """
-    with _named("image"):
+    with named("image"):
         image = read_picture(request.image, limits, (request.width, request.height) if request.width else None)
     height, width = image.shape[-2:]
     check_picture_size(width, height, model)
     if not request.mask:
         return image, None
-    with _named("mask"):
+    with named("mask"):
         return image, latent_mask(read_mask(request.mask, (width, height), limits), model.scale_factor)
 
 
@@ -44,14 +44,15 @@ def paste_original(pixels: NDArray[np.uint8], request: pb.DecodeRequest, limits:
         InvalidRequestError: a file can't be read.
     """
     height, width = pixels.shape[:2]
-    with _named("original_image"):
+    with named("original_image"):
         original = read_pixels(request.original_image, limits, (width, height))
-    with _named("mask"):
+    with named("mask"):
         return composite(pixels, original, read_mask(request.mask, (width, height), limits))
 
 
 @contextmanager
-def _named(field: str) -> Iterator[None]:
+def named(field: str) -> Iterator[None]:
+    """Errors of a picture that is read meanwhile name the request's field that brought it."""
     try:
         yield
     except PictureError as error:

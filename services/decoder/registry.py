@@ -53,8 +53,8 @@ class FilmDecoder(Protocol):
         """Latents [1, C, T, h, w] to the frames [n, 3, H, W], about in [-1, 1], of each latent frame, in order."""
         ...
 
-    def encode_film(self, pieces: Iterable[Tensor], tiling: Tiling) -> Tensor:
-        """A film's frames [n, 3, H, W] in [-1, 1], those of each latent frame together, to latents [1, C, T, h, w]."""
+    def encode_film(self, pieces: Iterable[Tensor], tiling: Tiling) -> Iterator[Tensor]:
+        """A film's frames [n, 3, H, W] in [-1, 1], those of a latent frame together, to each one's [1, C, 1, h, w]."""
         ...
 
 

@@ -17,12 +17,14 @@ from services.common.stage import Surroundings, served_models, stage_mounts
 from services.decoder.decoding import Decoding
 from services.decoder.device_work import Computation, DeviceQueue, DeviceWork, compute_on
 from services.decoder.film_decoding import FilmDecoding
+from services.decoder.film_encoding import FilmEncoding
 from services.decoder.film_files import FILM_FORMATS
 from services.decoder.output_files import FORMATS
 from services.decoder.registry import LOADERS, Decoder, FilmDecoder, PictureDecoder
 from services.decoder.servicer import DecoderServicer
 from services.decoder.settings import DecoderSettings
 from services.decoder.tiling import Tiling
+from services.decoder.validation import FilmLimits
 from services.modeling.components import configure_torch
 from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
@@ -53,16 +55,23 @@ def build_decoder(settings: DecoderSettings, surroundings: Surroundings) -> Serv
     device_work = DeviceWork(queue, surroundings.metrics)
     tiling = Tiling(tile=settings.tile_size, overlap=settings.tile_overlap, untiled_area=settings.untiled_area)
     films = {name: decoder for name, decoder in decoders.items() if isinstance(decoder, FilmDecoder)}
+    pictures = PictureLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+    film_limits = FilmLimits(
+        max_bytes=settings.max_film_bytes,
+        max_frames=settings.max_film_frames,
+        max_frame_pixels=settings.max_frame_pixels,
+    )
     decoding = Decoding(
         {name: decoder for name, decoder in decoders.items() if isinstance(decoder, PictureDecoder)},
         FilmDecoding(films, models, device_work, tiling),
+        FilmEncoding(films, device_work, tiling, pictures, film_limits),
         device_work,
         surroundings.reader(settings),
         surroundings.store,
         surroundings.metrics,
         models,
         tiling,
-        PictureLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        pictures,
     )
     servicer = DecoderServicer(decoding)
 

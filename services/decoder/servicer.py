@@ -12,7 +12,7 @@ from services.decoder.decoding import Decoding
 
 
 class DecoderServicer(pb_grpc.DecoderServiceServicer):
-    """Decodes latents to files and encodes pictures to latents."""
+    """Decodes latents to files, and encodes pictures and films to latents."""
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
@@ -24,3 +24,6 @@ class DecoderServicer(pb_grpc.DecoderServiceServicer):
 
     async def EncodeImage(self, request: pb.EncodeImageRequest, context: Context) -> pb.EncodeImageResponse:
         return await self._decoding.encode_image(request)
+
+    async def EncodeFilm(self, request: pb.EncodeFilmRequest, context: Context) -> pb.EncodeFilmResponse:
+        return await self._decoding.encode_film(request)

@@ -19,3 +19,6 @@ class DecoderSettings(StageSettings):
     untiled_area: int = setting(16384, "Largest latent decoded in one pass, in elements of its plane.")
     max_image_bytes: int = setting(32 * 1024**2, "Largest picture file that is read.")
     max_image_pixels: int = setting(64 * 1024**2, "Most pixels of a picture file that is read.")
+    max_film_bytes: int = setting(64 * 1024**2, "Largest film file that is read.")
+    max_film_frames: int = setting(1025, "Most frames of a film that is encoded.")
+    max_frame_pixels: int = setting(16 * 1024**2, "Most pixels of a frame of a film that is read or encoded.")

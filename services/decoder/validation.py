@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
-from safelight.v1.decoder_service_pb2 import DecodeRequest, EncodeImageRequest
+from safelight.v1.decoder_service_pb2 import DecodeRequest, EncodeFilmRequest, EncodeImageRequest
 from safelight.v1.model_pb2 import DecoderDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
 from services.common.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmLimits:
+    """What a film that is encoded may hold; max_frame_pixels bounds the frames of its file and of its latents alike."""
+
+    max_bytes: int
+    max_frames: int
+    max_frame_pixels: int
 
 
 def check_decode(request: DecodeRequest, model: DecoderDescription) -> None:
@@ -46,6 +56,44 @@ def check_encode_image(request: EncodeImageRequest, model: DecoderDescription, m
         raise InvalidRequestError.of(
             "width",
             f"{width}x{height} must be multiples of {factor} and at most {max_pixels} pixels; or leave both out",
+        )
+
+
+def check_encode_film(request: EncodeFilmRequest, model: DecoderDescription, limits: FilmLimits) -> None:
+    """Check what is to be encoded, its size and its length.
+
+    Raises:
+        UnsupportedError: the model makes pictures.
+        InvalidRequestError: fields are out of range; every one is named.
+    """
+    if not model.frames_per_latent:
+        raise UnsupportedError(f"film: model {request.model!r} makes pictures; it takes no film", field="film")
+    if violations := [*_film_violations(request, limits), *_frame_violations(request, model, limits)]:
+        raise InvalidRequestError.of_all(violations)
+
+
+def _film_violations(request: EncodeFilmRequest, limits: FilmLimits) -> Iterator[FieldViolation]:
+    if bool(request.film) == bool(request.keyframes):
+        yield FieldViolation("film", "must be given, or keyframes in its place, and not both")
+    if len(request.film) > limits.max_bytes:
+        yield FieldViolation("film", f"has {len(request.film)} bytes and may have {limits.max_bytes}: make it smaller")
+    if request.num_frames > 0:
+        yield from check_range("keyframes", len(request.keyframes), 0, request.num_frames)
+
+
+def _frame_violations(
+    request: EncodeFilmRequest, model: DecoderDescription, limits: FilmLimits
+) -> Iterator[FieldViolation]:
+    factor, per_latent = model.scale_factor, model.frames_per_latent
+    width, height, frames = request.width, request.height, request.num_frames
+    if min(width, height) < 1 or width % factor or height % factor or width * height > limits.max_frame_pixels:
+        yield FieldViolation(
+            "width",
+            f"{width}x{height} must be multiples of {factor}, above 0, and at most {limits.max_frame_pixels} pixels",
+        )
+    if not 1 <= frames <= limits.max_frames or (frames - 1) % per_latent:
+        yield FieldViolation(
+            "num_frames", f"is {frames}; must be one more than a multiple of {per_latent}, at most {limits.max_frames}"
         )
 
 

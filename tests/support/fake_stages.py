@@ -13,6 +13,8 @@ from safelight.v1.decoder_service_pb2 import (
     DecodeRequest,
     DecodeResponse,
     DecodeResult,
+    EncodeFilmRequest,
+    EncodeFilmResponse,
     EncodeImageRequest,
     EncodeImageResponse,
 )
@@ -42,6 +44,7 @@ Encode = Callable[[EncodeRequest], Awaitable[EncodeResponse]]
 Denoise = Callable[[DenoiseRequest], AsyncGenerator[DenoiseResponse, None]]
 Decode = Callable[[DecodeRequest], AsyncGenerator[DecodeResponse, None]]
 EncodeImage = Callable[[EncodeImageRequest], Awaitable[EncodeImageResponse]]
+EncodeFilm = Callable[[EncodeFilmRequest], Awaitable[EncodeFilmResponse]]
 FILE = b"the first half, the second half"
 ENCODER = EncoderDescription(fingerprint="e", max_tokens=77, max_clip_skip=2, default_clip_skip=1, max_prompt_bytes=99)
 DENOISER = DenoiserDescription(
@@ -117,6 +120,11 @@ async def encoded_image(request: EncodeImageRequest) -> EncodeImageResponse:
     if request.mask:
         response.mask.CopyFrom(tensor(b"mask"))
     return response
+
+
+async def encoded_film(request: EncodeFilmRequest) -> EncodeFilmResponse:
+    """The same small latent for every film."""
+    return EncodeFilmResponse(latents=tensor(b"film"), timing=work.StageTiming(stage="decoder", compute_seconds=2.5))
 
 
 class _Encoder(EncoderServiceServicer):
@@ -195,8 +203,8 @@ class FakeDenoiser(DenoiserServiceServicer):
 
 
 class _Decoder(DecoderServiceServicer):
-    def __init__(self, decode: Decode, encode_image: EncodeImage) -> None:
-        self._decode, self._encode_image = decode, encode_image
+    def __init__(self, decode: Decode, encode_image: EncodeImage, encode_film: EncodeFilm) -> None:
+        self._decode, self._encode_image, self._encode_film = decode, encode_image, encode_film
 
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeResponse]:
         async with aclosing(self._decode(request)) as responses:
@@ -206,6 +214,9 @@ class _Decoder(DecoderServiceServicer):
     async def EncodeImage(self, request: EncodeImageRequest, context: Context) -> EncodeImageResponse:
         return await self._encode_image(request)
 
+    async def EncodeFilm(self, request: EncodeFilmRequest, context: Context) -> EncodeFilmResponse:
+        return await self._encode_film(request)
+
 
 @dataclass
 class FakeDecoder:
@@ -213,13 +224,14 @@ class FakeDecoder:
 
     decode: Decode = whole_file
     encode_image: EncodeImage = encoded_image
+    encode_film: EncodeFilm = encoded_film
     description: DecoderDescription = field(default_factory=lambda: DECODER)
 
     def service(self) -> Service:
         """To be served."""
         mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", decoder=self.description)) | {
             "safelight.v1.DecoderService": lambda server: add_DecoderServiceServicer_to_server(
-                _Decoder(self.decode, self.encode_image), server
+                _Decoder(self.decode, self.encode_image, self.encode_film), server
             )
         }
         return Service("decoder", mounts, ("fake",))

@@ -51,7 +51,7 @@ class FuzzTarget:
                 self._manifest,
                 encoder=SHORT_LEASES,
                 denoiser={**SHORT_LEASES, "max_steps": 8, "max_latent_area": 1024, "warm_up_steps": 0},
-                decoder=SHORT_LEASES,
+                decoder={**SHORT_LEASES, "max_film_frames": 17, "max_frame_pixels": 4096},
                 gateway={"max_images_in_flight": 4, "replica_wait_seconds": 1.0, "reattach_seconds": 0.1},
             ) as self._cluster:
                 self._ready.set()

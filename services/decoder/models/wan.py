@@ -65,15 +65,13 @@ class WanDecoder:
         for mean in means:
             yield tiled_decode(_tile_by_tile(self._vae.decode, pasts), mean[None], factor, tiling)
 
-    def encode_film(self, pieces: Iterable[Tensor], tiling: Tiling) -> Tensor:
-        """The latents [1, C, T, h, w], float32, of a film's pieces in [-1, 1]: [1, 3, H, W], then [4, 3, H, W]."""
+    def encode_film(self, pieces: Iterable[Tensor], tiling: Tiling) -> Iterator[Tensor]:
+        """The latents [1, C, 1, h, w], float32, of each piece of a film in [-1, 1]: [1, 3, H, W], then [4, 3, H, W]."""
         factor = self._vae.params.downsampling
         pasts: list[Past] = []
-        means = [
-            tiled_encode(_tile_by_tile(self._vae.encode, pasts), piece.to(self._device), factor, tiling)
-            for piece in pieces
-        ]
-        return self._vae.normalize(torch.cat(means).float()).movedim(0, 1)[None]
+        for piece in pieces:
+            mean = tiled_encode(_tile_by_tile(self._vae.encode, pasts), piece.to(self._device), factor, tiling)
+            yield self._vae.normalize(mean.float())[:, :, None]
 
 
 def _tile_by_tile(function: Callable[[Tensor, Past], Tensor], pasts: list[Past]) -> Callable[[Tensor], Tensor]:

