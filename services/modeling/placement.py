@@ -15,6 +15,7 @@ from services.common.manifest import CPU_OFFLOAD, FLOAT8, SEQUENTIAL, Part
 from services.modeling.components import resolve_dtype
 from services.modeling.float8 import store_as_float8
 from services.modeling.layers import pack_weights
+from services.modeling.parallel.shards import WHOLE, Shares
 from services.modeling.residency import RESIDENT, Residency
 from services.modeling.weight_streaming import OffloadedWeights, WeightAccount, WeightBlock
 from services.modeling.weight_transfer import transfer_to
@@ -95,15 +96,20 @@ def placement_of(part: Part, device: torch.device, half: torch.dtype = torch.flo
 
 @dataclass(frozen=True)
 class Placed(Generic[Network]):
-    """A network that is ready to compute."""
+    """A network that is ready to compute. `shares`: what this rank has of it."""
 
     network: Network
     placement: Placement
     weights: PlacedWeights
+    shares: Shares = WHOLE
 
 
 def place(
-    network: Network, placement: Placement, blocks: Sequence[WeightBlock], full_precision: Sequence[nn.Module] = ()
+    network: Network,
+    placement: Placement,
+    blocks: Sequence[WeightBlock],
+    full_precision: Sequence[nn.Module] = (),
+    shares: Shares = WHOLE,
 ) -> Placed[Network]:
     """Bring a loaded network's weights to where and into the form in which they are kept.
 
@@ -112,6 +118,7 @@ def place(
         placement: where, and how.
         blocks: all of the network, in the order in which it computes.
         full_precision: modules that are never stored in eight bits beside norms, biases and embeddings: modulation.
+        shares: what this rank has of it.
 
     Raises:
         ValueError: a parameter is in no block.
@@ -121,11 +128,12 @@ def place(
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
     if placement.offloads:
-        return Placed(network, placement, OffloadedWeights(blocks, placement.residency, transfer_to(placement.device)))
+        streamed = OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
+        return Placed(network, placement, streamed, shares)
     network.to(placement.device)
     weights = ResidentWeights(network)
     pack_weights(network, placement.residency.budget_bytes)
-    return Placed(network, placement, weights)
+    return Placed(network, placement, weights, shares)
 
 
 def _residency(part: Part) -> Residency:

@@ -22,6 +22,7 @@ from safelight.errors import CheckpointError as CheckpointError
 from services.common.weight_files import FOLDER_FILES
 from services.modeling.gguf_file import GgufFile
 from services.modeling.mapped_memory import release_mapped
+from services.modeling.parallel.shards import WHOLE, Shard, Shares
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 _SAMPLE_BYTES = 4096
@@ -189,6 +190,7 @@ def load_weights(
     prefix: str = "",
     ignored: Collection[str] = (),
     float8: bool = False,
+    shares: Shares = WHOLE,
 ) -> None:
     """Fills `module`, built on the meta device, with tensors of `checkpoint` on `device` in `dtype`.
 
@@ -196,25 +198,48 @@ def load_weights(
     on dimension 0 (fused q, k, v). Trailing dimensions of size 1 are folded, so a 1x1 convolution's weight fits a
     linear layer. A tensor that is on `device` in `dtype` already stays the mapped file; with `float8`, so does a
     layer's matrix that the file has in float8_e4m3fn (`place` makes a layer of it that can compute). Names under
-    `prefix` belong to this module: one that is neither used nor `ignored` on purpose is an error.
+    `prefix` belong to this module: one that is neither used nor `ignored` on purpose is an error. Of a parameter that
+    the module has a shard of, as `shares` say, only that shard's bytes are read, if the file has them as numbers.
 
     Raises CheckpointError with the first missing, unexpected and mis-shaped names and the counts of all.
     """
     targets = module.state_dict()
     if targets.keys() != sources.keys():
         raise ValueError(f"sources and module differ in {sorted(targets.keys() ^ sources.keys())[:_NAMED_KEYS]}")
-    _check_fit(targets, checkpoint, sources, prefix, ignored, type(module).__name__)
+    shapes = {name: _whole_shape(target, shares.shards.get(name)) for name, target in targets.items()}
+    _check_fit(shapes, checkpoint, sources, prefix, ignored, type(module).__name__)
     matrices = _matrices(module) if float8 else set()
     state = {}
     for name, target in targets.items():
         parts = _read(checkpoint, sources[name])
         keeps = name in matrices and all(part.dtype == torch.float8_e4m3fn for part in parts)
-        state[name] = _assemble(parts, target.shape, device, parts[0].dtype if keeps else dtype)
+        kept = parts[0].dtype if keeps else dtype
+        if shard := shares.shards.get(name):
+            state[name] = _join(_sharded(parts, shard, shapes[name]), target.shape, device, kept)
+        else:
+            state[name] = _assemble(parts, target.shape, device, kept)
         for part in parts:
             if part.data_ptr() != state[name].data_ptr():
                 release_mapped(part)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """A network's tensors as its checkpoint has them, for a rank that has shards of them.
+
+    Args:
+        checkpoint: that the network was loaded from.
+        sources: as `load_weights` had them.
+    """
+
+    checkpoint: Checkpoint
+    sources: Mapping[str, tuple[Source, ...]]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor of a name on the CPU, in the dtype that it was loaded in."""
+        return torch.cat(_read(self.checkpoint, self.sources[name])).to(dtype)
 
 
 def _resolve(path: Path) -> list[Path]:
@@ -269,7 +294,7 @@ def _sample(data: Tensor) -> bytes:
 
 
 def _check_fit(
-    targets: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
     checkpoint: Checkpoint,
     sources: Mapping[str, tuple[Source, ...]],
     prefix: str,
@@ -284,10 +309,10 @@ def _check_fit(
     )
     misshaped = [
         f"{' + '.join(map(_name, parts))} ({[list(_shape(checkpoint, part)) for part in parts]} "
-        f"instead of {list(targets[own].shape)})"
+        f"instead of {list(shapes[own])})"
         for own, parts in sources.items()
         if checkpoint.keys() >= set(map(_name, parts))
-        and not _fits([_shape(checkpoint, part) for part in parts], tuple(targets[own].shape))
+        and not _fits([_shape(checkpoint, part) for part in parts], shapes[own])
     ]
     faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     report = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
@@ -311,6 +336,16 @@ def _read(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Tensor]:
     return [whole[source] if isinstance(source, str) else source.of(whole[source.name]) for source in sources]
 
 
+def _whole_shape(target: Tensor, shard: Shard | None) -> Shape:
+    """The shape of a parameter of which the module may have a shard."""
+    return tuple(target.shape) if shard is None else shard.whole(target.shape)
+
+
+def _sharded(parts: Sequence[Tensor], shard: Shard, shape: Shape) -> list[Tensor]:
+    """A shard of what the parts make, which is of that shape."""
+    return shard.of([part.reshape(-1, *shape[1:]) for part in parts])
+
+
 def _fits(shapes: Sequence[Shape], target: Shape) -> bool:
     """Whether tensors of these shapes, joined on dimension 0, are the target up to trailing dimensions of size 1."""
     tails = {_folded(shape[1:]) for shape in shapes}
@@ -327,9 +362,15 @@ def _folded(shape: Shape) -> Shape:
 
 def _assemble(parts: Sequence[Tensor], shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor that `parts` make, on the device in the dtype (integers keep theirs); one part isn't copied on it."""
+    if len(parts) > 1:
+        return _join(parts, shape, device, dtype)
     dtype = dtype if parts[0].is_floating_point() else parts[0].dtype
-    if len(parts) == 1:
-        return parts[0].reshape(shape).to(device=device, dtype=dtype)
+    return parts[0].reshape(shape).to(device=device, dtype=dtype)
+
+
+def _join(parts: Sequence[Tensor], shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same, always in memory of its own."""
+    dtype = dtype if parts[0].is_floating_point() else parts[0].dtype
     whole = torch.empty(shape, device=device, dtype=dtype)
     for piece, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
         piece.copy_(part.reshape(piece.shape))

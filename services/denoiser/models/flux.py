@@ -24,6 +24,7 @@ from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.components import open_component
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh, check_directions
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
+from services.modeling.weights import Checkpoint
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "prompt_embeds", "pooled_prompt_embeds"
@@ -44,7 +45,7 @@ class FluxDenoiser:
     Args:
         dit: the network, placed.
         sampling: how its latents are noised, and what takes the noise away.
-        fingerprint: of its weights.
+        checkpoint: that it was loaded from.
         defaults: of requests.
         preview_map: from latents to colours; None: no previews.
     """
@@ -53,16 +54,16 @@ class FluxDenoiser:
         self,
         dit: Placed[FluxDiT],
         sampling: ModelSampling,
-        fingerprint: str,
+        checkpoint: Checkpoint,
         defaults: Defaults,
         preview_map: LatentPreviewMap | None,
     ) -> None:
         self._dit = dit.network
         self.weights: Sequence[PlacedWeights] = (dit.weights,)
         self.device, self.dtype = dit.placement.device, dit.placement.dtype
-        self.network = flux_adaptable_network(dit)
+        self.network = flux_adaptable_network(dit, checkpoint)
         self.sampling = sampling
-        self.fingerprint = fingerprint
+        self.fingerprint = checkpoint.fingerprint
         self._defaults = defaults
         self.preview_map = preview_map
 
@@ -73,7 +74,7 @@ class FluxDenoiser:
         Raises:
             CheckpointError: it can't be shared so, or the weights are missing, damaged or not of this architecture.
         """
-        check_directions(entry, mesh, ())
+        check_directions(entry, mesh, ("tensor",))
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_flux_dit(
@@ -86,9 +87,9 @@ class FluxDenoiser:
         )
         takes_guidance = dit.params.distilled_guidance
         return cls(
-            place(dit, placement, dit.weight_blocks(), dit.full_precision()),
+            place(dit, placement, dit.weight_blocks(), dit.full_precision(), dit.shares),
             flow_sampling(scheduler_config(entry) or _SCHEDULERS[takes_guidance], elements_per_token=PATCH**2),
-            source.checkpoint.fingerprint,
+            source.checkpoint,
             entry.defaults_over(_DEFAULTS[takes_guidance]),
             preview_map_of(entry, dit.params.in_channels // PATCH**2),
         )

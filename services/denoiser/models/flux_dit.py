@@ -30,9 +30,11 @@ from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, weight_names
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
+from services.modeling.parallel.sharing import share
+from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, TensorPlan
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, load_weights
+from services.modeling.weights import Checkpoint, WholeWeights, load_weights
 
 PATCH = 2  # a token is 2 x 2 latent elements
 MLP_RATIO = 4
@@ -40,6 +42,21 @@ TIME_FEATURES = 256
 STRIP_TOKENS = 64
 FLOAT16_LIMIT = torch.finfo(torch.float16).max
 SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
+
+# The modulation and both ends stay whole on each rank: they see one row a request, not its tokens.
+TENSOR_PLAN: TensorPlan = {
+    "double_blocks.{}.image.to_qkv": ByOutputs(parts=(1, 1, 1)),
+    "double_blocks.{}.image.to_out": ByInputs(),
+    "double_blocks.{}.image.mlp_in": ByOutputs(),
+    "double_blocks.{}.image.mlp_out": ByInputs(),
+    "double_blocks.{}.text.to_qkv": ByOutputs(parts=(1, 1, 1)),
+    "double_blocks.{}.text.to_out": ByInputs(),
+    "double_blocks.{}.text.mlp_in": ByOutputs(),
+    "double_blocks.{}.text.mlp_out": ByInputs(),
+    "single_blocks.{}.to_qkv": ByOutputs(parts=(1, 1, 1)),
+    "single_blocks.{}.mlp_in": ByOutputs(),
+    "single_blocks.{}.to_out": ByInputs(parts=(1, MLP_RATIO)),
+}
 
 
 @dataclass(frozen=True)
@@ -83,18 +100,19 @@ class Stream(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and picture attend to all tokens, and have weights of their own."""
 
-    def __init__(self, params: FluxDiTParams) -> None:
+    def __init__(self, params: FluxDiTParams, mesh: ParallelMesh) -> None:
         super().__init__()
-        self.heads, width, head_width = params.heads, params.width, params.width // params.heads
+        width, self.head_width = params.width, params.width // params.heads
+        self.heads = params.heads // mesh.tensor.size
         self.modulation = Linear(width, 12 * width)
-        self.image = Stream(width, head_width)
-        self.text = Stream(width, head_width)
+        self.image = Stream(width, self.head_width)
+        self.text = Stream(width, self.head_width)
 
     def forward(self, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """image: [B, S, W], text: [B, L, W], vector: [B, W] after its SiLU -> both, one block on."""
         for_image, for_text = self.modulation(vector)[:, None].chunk(2, dim=-1)
         lengths = [text.shape[1], image.shape[1]]
-        qk = image.new_empty(len(image), sum(lengths), 2, self.heads, image.shape[-1] // self.heads)
+        qk = image.new_empty(len(image), sum(lengths), 2, self.heads, self.head_width)
         (text_qk, image_qk), (text_rope, image_rope) = torch.split(qk, lengths, dim=1), torch.split(rope, lengths)
         text_v = self._qkv(self.text, text, for_text, text_rope, text_qk)
         image_v = self._qkv(self.image, image, for_image, image_rope, image_qk)
@@ -108,7 +126,7 @@ class DoubleBlock(nn.Module):
         shift, scale = modulation.chunk(6, dim=-1)[:2]
         qkv = stream.to_qkv(modulated_norm(x, shift, scale))
         place_queries_and_keys(qkv, stream.qk_norm, rope, qk)
-        return qkv[..., 2 * x.shape[-1] :]
+        return qkv.chunk(3, dim=-1)[2]
 
     @staticmethod
     def _rest(stream: Stream, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
@@ -121,12 +139,13 @@ class DoubleBlock(nn.Module):
 class SingleBlock(TensorModule):
     """Attention and MLP side by side, over the tokens of text and picture alike."""
 
-    def __init__(self, params: FluxDiTParams) -> None:
+    def __init__(self, params: FluxDiTParams, mesh: ParallelMesh) -> None:
         super().__init__()
-        self.heads, width = params.heads, params.width
+        width, self.head_width = params.width, params.width // params.heads
+        self.heads = params.heads // mesh.tensor.size
         self.modulation = Linear(width, 3 * width)
         self.to_qkv = Linear(width, 3 * width)
-        self.qk_norm = nn.Parameter(torch.empty(2 * width // params.heads))
+        self.qk_norm = nn.Parameter(torch.empty(2 * self.head_width))
         self.mlp_in = GeluLinear(width, MLP_RATIO * width)
         self.to_out = Linear((1 + MLP_RATIO) * width, width)
 
@@ -135,9 +154,9 @@ class SingleBlock(TensorModule):
         shift, scale, gate = self.modulation(vector)[:, None].chunk(3, dim=-1)
         normed = modulated_norm(x, shift, scale)
         qkv = self.to_qkv(normed)
-        qk = x.new_empty(*x.shape[:2], 2, self.heads, x.shape[-1] // self.heads)
+        qk = x.new_empty(*x.shape[:2], 2, self.heads, self.head_width)
         place_queries_and_keys(qkv, self.qk_norm, rope, qk)
-        attended = attend(qk, qkv[..., 2 * x.shape[-1] :])
+        attended = attend(qk, qkv.chunk(3, dim=-1)[2])
         return torch.addcmul(x, gate, self.to_out(torch.cat([attended, self.mlp_in(normed)], dim=-1)))
 
 
@@ -152,10 +171,11 @@ class FluxDiT(TensorModule):
         self.time_in = Embedder(TIME_FEATURES, width)
         self.vector_in = Embedder(params.pooled_width, width)
         self.guidance_in = Embedder(TIME_FEATURES, width) if params.distilled_guidance else None
-        self.double_blocks = nn.ModuleList(DoubleBlock(params) for _ in range(params.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(params) for _ in range(params.single_blocks))
+        self.double_blocks = nn.ModuleList(DoubleBlock(params, mesh) for _ in range(params.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(params, mesh) for _ in range(params.single_blocks))
         self.modulation_out = Linear(width, 2 * width)
         self.proj_out = Linear(width, params.in_channels)
+        self.shares = share(self, mesh, TENSOR_PLAN, params.heads)
 
     def prepare(
         self, prompt_embeds: Tensor, pooled: Tensor, guidance: Tensor | None, size: Sequence[int]
@@ -275,12 +295,22 @@ def load_flux_dit(
     with torch.device("meta"):
         dit = FluxDiT(params, mesh)
     sources = layout.sources(dit.state_dict().keys())
-    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
+    load_weights(
+        dit,
+        checkpoint,
+        sources,
+        device=device,
+        dtype=dtype,
+        prefix=layout.prefix,
+        float8=float8,
+        shares=dit.shares,
+    )
     return dit.eval()
 
 
-def flux_adaptable_network(dit: Placed[FluxDiT]) -> AdaptableNetwork:
+def flux_adaptable_network(dit: Placed[FluxDiT], checkpoint: Checkpoint) -> AdaptableNetwork:
     """The transformer for LoRAs, which name its layers as either checkpoint layout does, or as XLabs."""
     names = weight_names(dit.network)
     namings = [Naming(layout.sources(names)) for layout in (ORIGINAL, DIFFUSERS)]
-    return AdaptableNetwork([DENOISER], dit, [*namings, Naming(xlabs_sources(names))])
+    whole = WholeWeights(checkpoint, find_layout(checkpoint).sources(names))
+    return AdaptableNetwork([DENOISER], dit, [*namings, Naming(xlabs_sources(names))], whole)

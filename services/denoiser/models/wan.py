@@ -21,6 +21,7 @@ from services.denoiser.sampling.rectified_flow import RectifiedFlow
 from services.modeling.components import open_component
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh, check_directions
 from services.modeling.placement import Placed, PlacedWeights, place, placement_of
+from services.modeling.weights import Checkpoint
 from services.modeling.wire import DATA_TYPES
 
 PROMPT_EMBEDS = "prompt_embeds"
@@ -41,19 +42,21 @@ class WanDenoiser:
     Args:
         dit: the network, placed.
         sampling: how its latents are noised, and what takes the noise away.
-        fingerprint: of its weights.
+        checkpoint: that it was loaded from.
         defaults: of requests.
     """
 
     preview_map: LatentPreviewMap | None = None
 
-    def __init__(self, dit: Placed[WanDiT], sampling: ModelSampling, fingerprint: str, defaults: Defaults) -> None:
+    def __init__(
+        self, dit: Placed[WanDiT], sampling: ModelSampling, checkpoint: Checkpoint, defaults: Defaults
+    ) -> None:
         self._dit = dit.network
         self.weights: Sequence[PlacedWeights] = (dit.weights,)
         self.device, self.dtype = dit.placement.device, dit.placement.dtype
-        self.network = wan_adaptable_network(dit)
+        self.network = wan_adaptable_network(dit, checkpoint)
         self.sampling = sampling
-        self.fingerprint = fingerprint
+        self.fingerprint = checkpoint.fingerprint
         self._defaults = defaults
 
     @classmethod
@@ -63,7 +66,7 @@ class WanDenoiser:
         Raises:
             CheckpointError: it can't be shared so, or the weights are missing, damaged or not of a text-to-video model.
         """
-        check_directions(entry, mesh, ())
+        check_directions(entry, mesh, ("tensor",))
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_wan_dit(
@@ -80,8 +83,8 @@ class WanDenoiser:
                 "text-to-video models"
             )
         shift = float((scheduler_config(entry) or {}).get("flow_shift", _SHIFT))
-        placed = place(dit, placement, dit.weight_blocks(), dit.full_precision())
-        return cls(placed, _sampling(shift), source.checkpoint.fingerprint, entry.defaults_over(_DEFAULTS))
+        placed = place(dit, placement, dit.weight_blocks(), dit.full_precision(), dit.shares)
+        return cls(placed, _sampling(shift), source.checkpoint, entry.defaults_over(_DEFAULTS))
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
@@ -24,13 +24,31 @@ from services.modeling.layers import GeluLinear, Linear, TensorModule
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, weight_names
-from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
+from services.modeling.parallel.mesh import ONE_RANK_MESH, Axis, ParallelMesh
+from services.modeling.parallel.sharing import share
+from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, TensorPlan
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, load_weights
+from services.modeling.weights import Checkpoint, WholeWeights, load_weights
 
 PICTURE_NORM_EPS = 1e-5
 TIME_FEATURES = 256
+
+# The modulation, the embedders and the head stay whole on each rank: they see one row a request, or are small.
+TENSOR_PLAN: TensorPlan = {
+    "blocks.{}.to_qkv": ByOutputs(parts=(1, 1, 1)),
+    "blocks.{}.qk_norm": ByOutputs(parts=(1, 1)),
+    "blocks.{}.to_out": ByInputs(),
+    "blocks.{}.cross.to_q": ByOutputs(),
+    "blocks.{}.cross.q_norm": ByOutputs(),
+    "blocks.{}.cross.text.to_kv": ByOutputs(parts=(1, 1)),
+    "blocks.{}.cross.text.k_norm": ByOutputs(),
+    "blocks.{}.cross.image.to_kv": ByOutputs(parts=(1, 1)),
+    "blocks.{}.cross.image.k_norm": ByOutputs(),
+    "blocks.{}.cross.to_out": ByInputs(),
+    "blocks.{}.mlp_in": ByOutputs(),
+    "blocks.{}.mlp_out": ByInputs(),
+}
 
 
 @dataclass(frozen=True)
@@ -96,16 +114,17 @@ class PictureEmbedder(TensorModule):
 
 
 class KeysAndValues(TensorModule):
-    """The keys, normed, and the values of what a film attends to: [B, L, W] -> [B, L, 2 W]."""
+    """The keys, normed, and the values of what a film attends to: [B, L, W] -> [B, L, 2 W], of this rank's heads."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: Axis) -> None:
         super().__init__()
+        self._heads = heads
         self.to_kv = Linear(width, 2 * width)
         self.k_norm = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.to_kv(x).chunk(2, dim=-1)
-        return torch.cat([rms_norm(k, self.k_norm), v], dim=-1)
+        return torch.cat([rms_norm(k, self.k_norm, self._heads), v], dim=-1)
 
 
 class CrossAttention(TensorModule):
@@ -114,18 +133,18 @@ class CrossAttention(TensorModule):
     `text` and `image` make their keys and values, once a request.
     """
 
-    def __init__(self, params: WanDiTParams) -> None:
+    def __init__(self, params: WanDiTParams, mesh: ParallelMesh) -> None:
         super().__init__()
-        width, self.heads = params.width, params.heads
+        width, self.heads, self._tensor = params.width, params.heads // mesh.tensor.size, mesh.tensor
         self.to_q = Linear(width, width)
         self.q_norm = nn.Parameter(torch.empty(width))
-        self.text = KeysAndValues(width)
-        self.image = None if params.image_width is None else KeysAndValues(width)
+        self.text = KeysAndValues(width, mesh.tensor)
+        self.image = None if params.image_width is None else KeysAndValues(width, mesh.tensor)
         self.to_out = Linear(width, width)
 
     def forward(self, x: Tensor, text_kv: Tensor, image_kv: Tensor | None, residual: Tensor) -> Tensor:
         """x and residual: [B, S, W], text_kv: [B, L, 2 W], image_kv: [B, P, 2 W] -> [B, S, W]."""
-        q = rms_norm(self.to_q(x), self.q_norm)
+        q = rms_norm(self.to_q(x), self.q_norm, self._tensor)
         k, v = text_kv.chunk(2, dim=-1)
         attended = attention(q, k, v, self.heads)
         if image_kv is not None:
@@ -137,15 +156,15 @@ class CrossAttention(TensorModule):
 class Block(TensorModule):
     """Self-attention, cross-attention and an MLP; the first and the last are modulated by the time."""
 
-    def __init__(self, params: WanDiTParams) -> None:
+    def __init__(self, params: WanDiTParams, mesh: ParallelMesh) -> None:
         super().__init__()
-        width, self.heads = params.width, params.heads
+        width, self.heads, self._tensor = params.width, params.heads // mesh.tensor.size, mesh.tensor
         self.modulation = nn.Parameter(torch.empty(1, 6, width))
         self.to_qkv = Linear(width, 3 * width)
         self.qk_norm = nn.Parameter(torch.empty(2 * width))
         self.to_out = Linear(width, width)
         self.cross_norm = nn.LayerNorm(width, NORM_EPS)
-        self.cross = CrossAttention(params)
+        self.cross = CrossAttention(params, mesh)
         self.mlp_in = GeluLinear(width, params.mlp_width)
         self.mlp_out = Linear(params.mlp_width, width)
 
@@ -160,10 +179,10 @@ class Block(TensorModule):
 
     def _attend(self, x: Tensor, rope: Tensor) -> Tensor:
         """Self-attention of tokens [B, S, W], queries and keys normed and turned by their positions."""
-        qkv, (*tokens, width) = self.to_qkv(x), x.shape
-        qk = rms_norm(qkv[..., : 2 * width].reshape(*tokens, 2, width).float(), self.qk_norm.float().view(2, width))
-        q, k = rotate(qk.view(*tokens, 2, self.heads, -1), rope).to(x.dtype).flatten(3).unbind(2)
-        return attention(q, k, qkv[..., 2 * width :], self.heads)
+        qkv = self.to_qkv(x).view(*x.shape[:2], 3, -1)
+        qk = rms_norm(qkv[:, :, :2].float(), self.qk_norm.float().view(2, -1), self._tensor)
+        q, k = rotate(qk.view(*x.shape[:2], 2, self.heads, -1), rope).to(x.dtype).flatten(3).unbind(2)
+        return attention(q, k, qkv[:, :, 2], self.heads)
 
 
 class Head(TensorModule):
@@ -193,8 +212,9 @@ class WanDiT(TensorModule):
         self.image_in = (
             None if params.image_width is None else PictureEmbedder(params.image_width, width, params.image_positions)
         )
-        self.blocks = nn.ModuleList(Block(params) for _ in range(params.blocks))
+        self.blocks = nn.ModuleList(Block(params, mesh) for _ in range(params.blocks))
         self.head = Head(params)
+        self.shares = share(self, mesh, TENSOR_PLAN, params.heads)
 
     def prepare(
         self, prompt_embeds: Tensor, image_embeds: Tensor | None, image_latents: Tensor | None, size: Sequence[int]
@@ -250,9 +270,13 @@ def modulation(table: Tensor, time: Tensor) -> tuple[Tensor, ...]:
     return (table.float() + time.float()).to(time.dtype).unbind(2)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Root mean square norm over the whole width, all heads together."""
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
+def rms_norm(x: Tensor, weight: Tensor, heads: Axis) -> Tensor:
+    """Root mean square norm over the whole width: all heads together, of which each rank of the axis has some."""
+    if heads.size == 1:
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
+    square = x.float().square().mean(-1, keepdim=True)
+    distributed.all_reduce(square, group=heads.group)
+    return (x * (square / heads.size + NORM_EPS).rsqrt()).to(x.dtype) * weight
 
 
 def token_rotations(size: Sequence[int], head_width: int) -> Tensor:
@@ -292,7 +316,16 @@ def load_wan_dit(
     with torch.device("meta"):
         dit = WanDiT(params, mesh)
     sources = layout.sources(dit.state_dict().keys())
-    load_weights(dit, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, float8=float8)
+    load_weights(
+        dit,
+        checkpoint,
+        sources,
+        device=device,
+        dtype=dtype,
+        prefix=layout.prefix,
+        float8=float8,
+        shares=dit.shares,
+    )
     return dit.eval()
 
 
@@ -306,7 +339,9 @@ def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(given) if given else None
 
 
-def wan_adaptable_network(dit: Placed[WanDiT]) -> AdaptableNetwork:
+def wan_adaptable_network(dit: Placed[WanDiT], checkpoint: Checkpoint) -> AdaptableNetwork:
     """The transformer for LoRAs, which name its layers as either checkpoint layout does."""
     names = weight_names(dit.network)
-    return AdaptableNetwork([DENOISER], dit, [Naming(layout.sources(names)) for layout in (ORIGINAL, DIFFUSERS)])
+    namings = [Naming(layout.sources(names)) for layout in (ORIGINAL, DIFFUSERS)]
+    whole = WholeWeights(checkpoint, find_layout(checkpoint).sources(names))
+    return AdaptableNetwork([DENOISER], dit, namings, whole)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from services.modeling.lora.deltas import Delta
 from services.modeling.lora.targets import Target
+from services.modeling.parallel.shards import Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,6 +16,19 @@ class Change:
 
     target: Target
     delta: Delta
+
+    def within(self, shard: Shard) -> list[Change]:
+        """What it changes of a shard of the layer's weight."""
+        if shard.dim == 1:
+            return [Change(self.target, self.delta.columns(shard.spans))]
+        layer, first, last = self.target.layer, self.target.start, self.target.stop
+        return [
+            Change(
+                Target(layer, at, at + stop - start, self.target.source_start + start - first),
+                self.delta.rows(start - first, stop - first),
+            )
+            for (start, stop), at in shard.within((first, last))
+        ]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from services.modeling.layers import GatedLinear, GeluLinear, Upsample
 from services.modeling.lora.adapter import Applied, Change
 from services.modeling.lora.maps import Map, map_of
+from services.modeling.parallel.tensor_parallel import SummedLinear
 
 Rows: TypeAlias = slice | list[int]
 
@@ -78,10 +79,10 @@ def _evenly_spaced(rows: list[int]) -> Rows:
 
 def _hook(layer: nn.Module, beside: Sequence[_Branch]) -> RemovableHandle:
     apply = map_of(layer)
-    if isinstance(layer, GatedLinear | GeluLinear):
+    if isinstance(layer, GatedLinear | GeluLinear | SummedLinear):
 
         def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            delta = args[0].new_zeros(*args[0].shape[:-1], layer.out_features)
+            delta = args[0].new_zeros(*args[0].shape[:-1], len(layer.bias))
             for branch in beside:
                 branch.add_to(delta, args[0], apply)
             return args, {**kwargs, "delta": delta}

@@ -8,6 +8,7 @@ Shapes: O and I the layer's widths (or channels) out and in, K the kernel's side
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from services.modeling.lora.maps import Map
+from services.modeling.parallel.shards import Span
 
 
 class Delta(Protocol):
@@ -30,6 +32,10 @@ class Delta(Protocol):
 
     def rows(self, start: int, stop: int) -> Delta:
         """The change of some rows of the weight."""
+        ...
+
+    def columns(self, spans: Sequence[Span]) -> Delta:
+        """The change of some columns of the weight, stretch by stretch."""
         ...
 
     def to(self, dtype: torch.dtype) -> Delta:
@@ -62,6 +68,9 @@ class LowRank:
 
     def rows(self, start: int, stop: int) -> LowRank:
         return LowRank(self.down, self.up[start:stop])
+
+    def columns(self, spans: Sequence[Span]) -> LowRank:
+        return LowRank(_columns(self.down, spans), self.up)
 
     def to(self, dtype: torch.dtype) -> LowRank:
         return LowRank(self.down.to(dtype), self.up.to(dtype))
@@ -105,6 +114,14 @@ class Kronecker:
             return Kronecker(self.left[start // height : stop // height], self.right)
         return Dense(self.weight()[start:stop].to(self.right.dtype))
 
+    def columns(self, spans: Sequence[Span]) -> Kronecker | Dense:
+        width = self.right.shape[1]
+        if all(edge % width == 0 for span in spans for edge in span):
+            return Kronecker(
+                _columns(self.left, [(start // width, stop // width) for start, stop in spans]), self.right
+            )
+        return Dense(_columns(self.weight(), spans).to(self.right.dtype))
+
     def to(self, dtype: torch.dtype) -> Kronecker:
         return Kronecker(self.left.to(dtype), self.right.to(dtype))
 
@@ -130,7 +147,10 @@ class Dense:
         return self.change.float()
 
     def rows(self, start: int, stop: int) -> Dense:
-        return Dense(self.change[start:stop])
+        return Dense(self.change[start:stop].clone())
+
+    def columns(self, spans: Sequence[Span]) -> Dense:
+        return Dense(_columns(self.change, spans))
 
     def to(self, dtype: torch.dtype) -> Dense:
         return Dense(self.change.to(dtype))
@@ -138,3 +158,7 @@ class Dense:
     @property
     def nbytes(self) -> int:
         return self.change.nbytes
+
+
+def _columns(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    return torch.cat([tensor[:, start:stop] for start, stop in spans], dim=1)

@@ -10,14 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import nn
 
 from services.modeling.layers import dense_weight, with_weight
 from services.modeling.lora.adapter import Applied, Change, SetKey, set_key
-from services.modeling.lora.targets import weight_shape
 
 # Passes that a set has to itself before it is fused, and by how much it must then lead the set that is.
 WORTHWHILE_PASSES = 50
@@ -81,8 +79,9 @@ def fuse(network: nn.Module, component: str, applied: Sequence[Applied]) -> Fuse
 
 def fused_bytes(network: nn.Module, component: str, applied: Sequence[Applied], dtype: torch.dtype) -> int:
     """Bytes that the copies of `fuse` take."""
-    shapes = (weight_shape(network.get_submodule(path)) for path in _by_layer(component, applied))
-    return sum(prod(shape) for shape in shapes) * dtype.itemsize
+    layers = (network.get_submodule(path) for path in _by_layer(component, applied))
+    weights = (each for layer in layers for each in layer.parameters() if each.ndim > 1)
+    return sum(weight.numel() for weight in weights) * dtype.itemsize
 
 
 def _by_layer(component: str, applied: Sequence[Applied]) -> dict[str, list[tuple[Change, float]]]:

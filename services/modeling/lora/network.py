@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from services.modeling.layers import dense_weight
-from services.modeling.lora.adapter import Adapter, Applied, set_key
+from services.modeling.lora.adapter import Adapter, Applied, Change, set_key
 from services.modeling.lora.branches import branches
+from services.modeling.lora.deltas import Delta
 from services.modeling.lora.fusing import FusedSet, FusionPolicy, fuse, fused_bytes
 from services.modeling.lora.targets import Naming, Target, find_targets, weight_shape
 from services.modeling.placement import Placed
+from services.modeling.weights import WholeWeights
 
 RowAdapters = Sequence[tuple[Applied, ...]]
 """What each row of a batch applies."""
@@ -27,9 +29,16 @@ class AdaptableNetwork:
         components: that it is of the model: layouts.DENOISER, or those of layouts.TEXT_ENCODERS that LoRAs call it.
         placed: the network; the first dimension of what its layers take is that of the batch.
         namings: the names of its layers in the checkpoints that LoRAs are trained on.
+        whole: its weights where they were loaded from; needed if this rank has shards of them.
     """
 
-    def __init__(self, components: Sequence[str], placed: Placed[Any], namings: Sequence[Naming]) -> None:
+    def __init__(
+        self,
+        components: Sequence[str],
+        placed: Placed[Any],
+        namings: Sequence[Naming],
+        whole: WholeWeights | None = None,
+    ) -> None:
         self.components = components
         self.module: nn.Module = placed.network
         self.targets = find_targets(self.module, namings)
@@ -39,7 +48,7 @@ class AdaptableNetwork:
             for target in targets
         }
         self.device, self.dtype = placed.placement.device, placed.placement.dtype
-        self._weights = placed.weights
+        self._weights, self._shares, self._whole = placed.weights, placed.shares, whole
         self._can_fuse = not (placed.placement.offloads or placed.placement.float8)
         self._policy = FusionPolicy()
         self._fused: FusedSet | None = None
@@ -56,8 +65,14 @@ class AdaptableNetwork:
     def weight(self, targets: Sequence[Target]) -> Tensor:
         """The weight of that layer in float32; as it was loaded, also while a set is fused."""
         with self._weights.at_home():
-            parts = [dense_weight(self._layers[each.layer])[each.start : each.stop].float() for each in targets]
+            parts = [self._layer_weight(each.layer)[each.start : each.stop].float() for each in targets]
             return torch.cat(parts).to(self.device)
+
+    def changes(self, target: Target, delta: Delta) -> list[Change]:
+        """A change of rows of a whole layer as changes of what this rank computes with."""
+        change = Change(target, delta)
+        shard = self._shares.shards.get(f"{target.layer}.weight") if self._shares.computes_with_shards else None
+        return [change] if shard is None else change.within(shard)
 
     def with_branches(self, rows: RowAdapters) -> AbstractContextManager[None]:
         """Within it, each row of a forward pass has its adapters applied, beside the layers."""
@@ -78,6 +93,13 @@ class AdaptableNetwork:
             if self._fused is not None and self._fused.key == set_key(applied):
                 return self._fused.in_place(self.module)
         return self.with_branches(rows)
+
+    def _layer_weight(self, path: str) -> Tensor:
+        """[O, I, *K]; on a rank with shards, where asking the others would need them to be asked at the same time, from
+        the checkpoint."""
+        if self._whole is not None and self._shares.shards:
+            return self._whole.read(f"{path}.weight", self.dtype)
+        return dense_weight(self._layers[path])
 
     def _consider(self, applied: Sequence[Applied], max_fused_bytes: int) -> None:
         """Fuse the set if it is due, and its copies of layers fit."""

@@ -54,7 +54,7 @@ def read_adapter(name: str, path: str, networks: Sequence[AdaptableNetwork], com
         scale = configs.get(component, PeftConfig()).scale(layer)
         delta = _delta(path, checkpoint, keys, network, targets, scale)
         for each in targets:
-            changes[network.component].append(Change(each, delta.rows(each.source_start, each.source_stop)))
+            changes[network.component] += network.changes(each, delta.rows(each.source_start, each.source_stop))
         matched += len(keys)
     if unmatched and not matched and len(unmatched) > len(reading.unknown):
         raise _refusal(path, f"fits nothing of the model: it is for another family, with {_first(unmatched)}")
