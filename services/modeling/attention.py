@@ -15,6 +15,8 @@ B batch, L queries, S keys, H heads, D channels per head, W = D rounded up to le
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch.nn import functional as F
 
 from services.modeling.packing import can_pack, pack_linear_weight, packed_linear
 from services.modeling.product_speed import bfloat16_is_fast
+
+Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 _MIN_LENGTH = 1024  # below it the preparation costs more than it saves
 _ROWS = 512  # queries to a block: its logits stay in the CPU's cache
@@ -38,7 +42,7 @@ _SUM_SLOPE = 3.0
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v per head. q: [B, L, H*D], k and v: [B, S, H*D] -> [B, L, H*D]."""
-    q_BHLD, k_BHSD, v_BHSD = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    q_BHLD, k_BHSD, v_BHSD = (x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2) for x in (q, k, v))
     if min(q.shape[1], k.shape[1]) >= _MIN_LENGTH and _can_fuse(q):
         return _fused_attention(q_BHLD, k_BHSD, v_BHSD)
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2).flatten(2)

@@ -49,5 +49,5 @@ def rotations(positions: Tensor, channels: Sequence[int]) -> Tensor:
 
 def rotate(qk: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring channels together. qk: [B, T, 2, H, D] float32, rope: [T, D/2] -> like qk."""
-    pairs = torch.view_as_complex(qk.reshape(*qk.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(qk.reshape(*qk.shape[:-1], qk.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * rope[:, None, None]).flatten(-2)

@@ -24,7 +24,7 @@ from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_no
 from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL, find_layout, xlabs_sources
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
-from services.modeling.attention import attention
+from services.modeling.attention import Attention
 from services.modeling.layers import GeluLinear, Linear, TensorModule
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
@@ -32,6 +32,7 @@ from services.modeling.lora.targets import Naming, weight_names
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.parallel.sharing import share
 from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, TensorPlan
+from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, WholeWeights, load_weights
@@ -108,15 +109,21 @@ class DoubleBlock(nn.Module):
         self.image = Stream(width, self.head_width)
         self.text = Stream(width, self.head_width)
 
-    def forward(self, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """image: [B, S, W], text: [B, L, W], vector: [B, W] after its SiLU -> both, one block on."""
+    def forward(
+        self, image: Tensor, text: Tensor, vector: Tensor, rope: Tensor, attention: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """image: [B, S, W], text: [B, L, W], vector: [B, W] after its SiLU -> both, one block on.
+
+        attention: of these tokens to all that there are, on other ranks too.
+        """
         for_image, for_text = self.modulation(vector)[:, None].chunk(2, dim=-1)
         lengths = [text.shape[1], image.shape[1]]
         qk = image.new_empty(len(image), sum(lengths), 2, self.heads, self.head_width)
         (text_qk, image_qk), (text_rope, image_rope) = torch.split(qk, lengths, dim=1), torch.split(rope, lengths)
         text_v = self._qkv(self.text, text, for_text, text_rope, text_qk)
         image_v = self._qkv(self.image, image, for_image, image_rope, image_qk)
-        text_out, image_out = torch.split(attend(qk, torch.cat([text_v, image_v], dim=1)), lengths, dim=1)
+        attended = attend(qk, torch.cat([text_v, image_v], dim=1), attention)
+        text_out, image_out = torch.split(attended, lengths, dim=1)
         text = self._rest(self.text, text, text_out, for_text)
         return self._rest(self.image, image, image_out, for_image), saturated(text)
 
@@ -149,14 +156,14 @@ class SingleBlock(TensorModule):
         self.mlp_in = GeluLinear(width, MLP_RATIO * width)
         self.to_out = Linear((1 + MLP_RATIO) * width, width)
 
-    def forward(self, x: Tensor, vector: Tensor, rope: Tensor) -> Tensor:
-        """x: [B, N, W], vector: [B, W] after its SiLU -> [B, N, W]."""
+    def forward(self, x: Tensor, vector: Tensor, rope: Tensor, attention: Attention) -> Tensor:
+        """x: [B, N, W], vector: [B, W] after its SiLU -> [B, N, W]. attention: as in `DoubleBlock`."""
         shift, scale, gate = self.modulation(vector)[:, None].chunk(3, dim=-1)
         normed = modulated_norm(x, shift, scale)
         qkv = self.to_qkv(normed)
         qk = x.new_empty(*x.shape[:2], 2, self.heads, self.head_width)
         place_queries_and_keys(qkv, self.qk_norm, rope, qk)
-        attended = attend(qk, qkv.chunk(3, dim=-1)[2])
+        attended = attend(qk, qkv.chunk(3, dim=-1)[2], attention)
         return torch.addcmul(x, gate, self.to_out(torch.cat([attended, self.mlp_in(normed)], dim=-1)))
 
 
@@ -191,16 +198,20 @@ class FluxDiT(TensorModule):
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: FluxContext) -> Tensor:
         """latents: [B, C, h, w], timesteps: [B] in 0..1000, one for each row -> velocity [B, C, h, w]."""
-        image, text = self.image_in(to_tokens(latents)), context.text
+        tokens, text, rope = to_tokens(latents), context.text, context.rope
+        split = TokenSplit(self.mesh, (text.shape[1], tokens.shape[1]))
+        image, text, rope = self.image_in(split.part(tokens)), split.part(text), split.joint_part(rope, dim=0)
         time = self.time_in(scalar_features(timesteps.to(latents.dtype) / SCALAR_FACTOR))
         vector = F.silu(time + context.vector)
+        attention = split.attention()
         for block in self.double_blocks:
-            image, text = block(image, text, vector, context.rope)
+            image, text = block(image, text, vector, rope, attention)
         x = torch.cat([text, image], dim=1)
         for block in self.single_blocks:
-            x = block(x, vector, context.rope)
+            x = block(x, vector, rope, attention)
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
-        return to_latents(self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale)), latents.shape[-2:])
+        velocity = self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
+        return to_latents(split.whole(velocity, sequence=1), latents.shape[-2:])
 
     def weight_blocks(self) -> list[WeightBlock]:
         """All weights, in the order in which they compute: both ends, then the blocks between them."""
@@ -242,10 +253,10 @@ def saturated(x: Tensor) -> Tensor:
     return x.clamp_(-FLOAT16_LIMIT, FLOAT16_LIMIT) if x.dtype == torch.float16 else x
 
 
-def attend(qk: Tensor, v: Tensor) -> Tensor:
-    """Attention of all tokens to all. qk: [B, N, 2, H, D], v: [B, N, W] -> [B, N, W]."""
+def attend(qk: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    """Attention between the tokens. qk: [B, N, 2, H, D], v: [B, N, W] -> [B, N, W]."""
     q, k = qk.flatten(3).unbind(2)
-    return attention(q, k, v, heads=qk.shape[3])
+    return attention(q, k, v, qk.shape[3])
 
 
 def scalar_features(scalars: Tensor) -> Tensor:
@@ -288,7 +299,8 @@ def load_flux_dit(
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
     `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
-    Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
+    Raises CheckpointError when the names are of neither layout or don't fit the dimensions, or when the
+    mesh can't share them.
     """
     layout = find_layout(checkpoint)
     params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)

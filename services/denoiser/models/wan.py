@@ -66,7 +66,7 @@ class WanDenoiser:
         Raises:
             CheckpointError: it can't be shared so, or the weights are missing, damaged or not of a text-to-video model.
         """
-        check_directions(entry, mesh, ("tensor",))
+        check_directions(entry, mesh, ("ring", "ulysses", "tensor"))
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_wan_dit(

@@ -19,7 +19,7 @@ from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_no
 from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.wan_dit_keys import DIFFUSERS, ORIGINAL, find_layout
 from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
-from services.modeling.attention import attention
+from services.modeling.attention import Attention, attention
 from services.modeling.layers import GeluLinear, Linear, TensorModule
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.network import AdaptableNetwork
@@ -27,6 +27,7 @@ from services.modeling.lora.targets import Naming, weight_names
 from services.modeling.parallel.mesh import ONE_RANK_MESH, Axis, ParallelMesh
 from services.modeling.parallel.sharing import share
 from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, TensorPlan
+from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
 from services.modeling.weights import Checkpoint, WholeWeights, load_weights
@@ -168,21 +169,26 @@ class Block(TensorModule):
         self.mlp_in = GeluLinear(width, params.mlp_width)
         self.mlp_out = Linear(params.mlp_width, width)
 
-    def forward(self, x: Tensor, time: Tensor, text_kv: Tensor, image_kv: Tensor | None, rope: Tensor) -> Tensor:
-        """x: [B, S, W], time: [B, 1 or S, 6, W], the keys and values of this block -> [B, S, W]."""
+    def forward(
+        self, x: Tensor, time: Tensor, text_kv: Tensor, image_kv: Tensor | None, rope: Tensor, self_attention: Attention
+    ) -> Tensor:
+        """x: [B, S, W], time: [B, 1 or S, 6, W], the keys and values of this block -> [B, S, W].
+
+        self_attention: of these tokens to all of the film, on other ranks too.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self.modulation, time)
-        attended = self._attend(modulated_norm(x, shift, scale), rope)
+        attended = self._attend(modulated_norm(x, shift, scale), rope, self_attention)
         x = torch.addcmul(x, gate, self.to_out(attended))
         x = self.cross(self.cross_norm(x), text_kv, image_kv, residual=x)
         hidden = self.mlp_in(modulated_norm(x, mlp_shift, mlp_scale))
         return torch.addcmul(x, mlp_gate, self.mlp_out(hidden))
 
-    def _attend(self, x: Tensor, rope: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, rope: Tensor, self_attention: Attention) -> Tensor:
         """Self-attention of tokens [B, S, W], queries and keys normed and turned by their positions."""
-        qkv = self.to_qkv(x).view(*x.shape[:2], 3, -1)
+        qkv = torch.unflatten(self.to_qkv(x), 2, (3, -1))
         qk = rms_norm(qkv[:, :, :2].float(), self.qk_norm.float().view(2, -1), self._tensor)
-        q, k = rotate(qk.view(*x.shape[:2], 2, self.heads, -1), rope).to(x.dtype).flatten(3).unbind(2)
-        return attention(q, k, qkv[:, :, 2], self.heads)
+        q, k = rotate(torch.unflatten(qk, 3, (self.heads, -1)), rope).to(x.dtype).flatten(3).unbind(2)
+        return self_attention(q, k, qkv[:, :, 2], self.heads)
 
 
 class Head(TensorModule):
@@ -236,14 +242,17 @@ class WanDiT(TensorModule):
         if context.image_latents is not None:
             latents = torch.cat([latents, context.image_latents.to(latents.dtype)], dim=1)
         size = latents.shape[2:]
-        x = self.patch_in(latents).flatten(2).mT.contiguous()
+        split = TokenSplit(self.mesh, (len(context.rope),))
+        x, rope = split.part(self.patch_in(latents).flatten(2).mT).contiguous(), split.part(context.rope, dim=0)
+        timesteps = timesteps if timesteps.dim() == 1 else split.part(timesteps)
         features = time_features(timesteps.flatten(), TIME_FEATURES).to(x.dtype)
         time = self.time_in(features).view(len(x), -1, x.shape[-1])
         time_modulation = self.modulation(F.silu(time)).view(*time.shape[:2], 6, -1)
         image_kvs = [None] * len(self.blocks) if context.image_kv is None else context.image_kv.unbind(1)
+        self_attention = split.attention()
         for block, text_kv, image_kv in zip(self.blocks, context.text_kv.unbind(1), image_kvs, strict=True):
-            x = block(x, time_modulation, text_kv, image_kv, context.rope)
-        return to_latents(self.head(x, time), size)
+            x = block(x, time_modulation, text_kv, image_kv, rope, self_attention)
+        return to_latents(split.whole(self.head(x, time)), size)
 
     def weight_blocks(self) -> list[WeightBlock]:
         """All weights, in the order in which they compute: what is asked once a request, both ends, the blocks."""
@@ -309,7 +318,8 @@ def load_wan_dit(
     """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
 
     `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
-    Raises CheckpointError when the names are of neither layout or don't fit the dimensions.
+    Raises CheckpointError when the names are of neither layout or don't fit the dimensions, or when the
+    mesh can't share them.
     """
     layout = find_layout(checkpoint)
     params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)

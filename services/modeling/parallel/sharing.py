@@ -7,6 +7,7 @@ from torch import nn
 from services.modeling.parallel.mesh import ParallelMesh
 from services.modeling.parallel.shards import WHOLE, Shares
 from services.modeling.parallel.tensor_parallel import TensorPlan, share_layers
+from services.modeling.parallel.ulysses_attention import check_heads
 
 
 def share(network: nn.Module, mesh: ParallelMesh, plan: TensorPlan, heads: int) -> Shares:
@@ -21,6 +22,7 @@ def share(network: nn.Module, mesh: ParallelMesh, plan: TensorPlan, heads: int) 
     Raises:
         CheckpointError: the mesh does not divide the heads or a width.
     """
+    check_heads(heads, mesh)
     if mesh.tensor.size > 1:
         return Shares(share_layers(network, plan, heads, mesh.tensor))
     return WHOLE

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError
+from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.work_pb2 import GuidanceOptions
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.flux import FluxDenoiser
 from services.denoiser.validation import check_denoise
+from services.modeling.parallel.mesh import Axis, ParallelMesh
 from tests.support.stage_requests import conditioning
 from tests.support.tiny_flux import CONTEXT_WIDTH, POOLED_WIDTH
 
@@ -99,3 +100,9 @@ def test_a_model_without_distilled_guidance_refuses_a_scale(dev: FluxDenoiser) -
     )
     with pytest.raises(InvalidRequestError, match="'schnell' takes none; leave it out"):
         check_denoise(request, described)
+
+
+def test_ranks_that_cannot_share_the_heads_are_refused_at_load(tiny_flux: Path) -> None:
+    entry, mesh = ModelEntry(name="dev", path=str(tiny_flux)), ParallelMesh(ulysses=Axis(0, 4))
+    with pytest.raises(CheckpointError, match="2 attention heads can't be shared evenly by 4 ranks"):
+        FluxDenoiser.load(entry, torch.device("cpu"), mesh)
