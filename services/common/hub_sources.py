@@ -21,7 +21,7 @@ _log = logging.getLogger("safelight.hub_sources")
 _INDEX = "model_index.json"
 # What each stage reads of a folder in the diffusers layout: whole folders, and single files of others.
 _FOLDERS = {
-    "encoder": ("text_encoder*", "tokenizer*"),
+    "encoder": ("text_encoder*", "tokenizer*", "image_encoder"),
     "denoiser": ("unet", "transformer*", "scheduler"),
     "decoder": ("vae",),
 }

@@ -46,7 +46,7 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
     if not model.size_conditioning:
         refuse_unserved(request, ["size_conditioning"], request.model)
     if not model.max_keyframes:
-        refuse_unserved(request, ["keyframe_latents", "keyframes"], request.model)
+        refuse_unserved(request, ["keyframe_latents", "keyframe_indices"], request.model)
     for field, role in (("initial_latents", MEDIA_ROLE_IMAGE), ("mask", MEDIA_ROLE_MASK)):
         if role not in model.inputs:
             refuse_unserved(request, [field], request.model)

@@ -1,7 +1,7 @@
-"""Prompt embeddings that were computed before, newest use last, within a bound of bytes."""
+"""Embeddings of prompts and pictures that were computed before, newest use last, within a bound of bytes."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,18 +30,18 @@ class EmbeddingCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[EmbeddingKey, Mapping[str, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Mapping[str, Tensor]] = OrderedDict()
         self.bytes = 0
 
-    def get(self, key: EmbeddingKey) -> Mapping[str, Tensor] | None:
-        """The named tensors of a prompt, which become the most recently used, or None."""
+    def get(self, key: Hashable) -> Mapping[str, Tensor] | None:
+        """The named tensors of a prompt or picture, which become the most recently used, or None."""
         found = self._entries.get(key)
         if found is not None:
             self._entries.move_to_end(key)
         return found
 
-    def put(self, key: EmbeddingKey, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps a prompt's tensors; a prompt beyond the bound is not kept."""
+    def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the tensors of a prompt or picture; what is beyond the bound is not kept."""
         size = _size(tensors)
         if size > self._max_bytes:
             return
@@ -54,7 +54,7 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _discard(self, key: EmbeddingKey) -> None:
+    def _discard(self, key: Hashable) -> None:
         replaced = self._entries.pop(key, None)
         if replaced is not None:
             self.bytes -= _size(replaced)

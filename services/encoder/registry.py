@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from safelight.v1.model_pb2 import ModelDescription
@@ -19,12 +21,29 @@ from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.placement import PlacedWeights
 
 
+class ImageEncoder(Protocol):
+    """What the engine needs to condition a model on pictures."""
+
+    def pixels(self, picture: NDArray[np.uint8]) -> Tensor:
+        """What the network sees of a picture [H, W, 3]; on the CPU."""
+        ...
+
+    def encode(self, pixels: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
+        """Named conditioning tensors [1, tokens, width] of each picture; those of several are joined in their order."""
+        ...
+
+
 class PromptEncoder(Protocol):
     """What the engine needs of a model family."""
 
     fingerprint: str
     weights: Sequence[PlacedWeights]
     networks: Sequence[AdaptableNetwork]
+
+    @property
+    def image_encoder(self) -> ImageEncoder | None:
+        """Of pictures that condition the model beside the text; None: it takes none."""
+        ...
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""

@@ -11,7 +11,7 @@ from services.common.executor import DeviceExecutor
 from services.common.server import Service
 from services.common.stage import Surroundings, served_models, stage_mounts
 from services.encoder.embedding_cache import EmbeddingCache
-from services.encoder.encoding import ConditioningTensors, Encoding, PromptBatcher, PromptJob, encode_batch
+from services.encoder.encoding import ConditioningTensors, EncoderBatcher, EncoderJob, Encoding, encode_batch
 from services.encoder.registry import LOADERS, PromptEncoder
 from services.encoder.servicer import EncoderServicer
 from services.encoder.settings import EncoderSettings
@@ -39,11 +39,11 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
 
     device_use = DeviceUse("encoder", encoders, surroundings.metrics)
 
-    async def run(jobs: Sequence[PromptJob]) -> Sequence[ConditioningTensors]:
+    async def run(jobs: Sequence[EncoderJob]) -> Sequence[ConditioningTensors]:
         return await executor.run(lambda: device_use.run(lambda: encode_batch(encoders, jobs), batcher.is_idle))
 
     limits = BatchLimits(settings.max_batch_prompts, settings.batch_wait_seconds, settings.queue_capacity)
-    batcher = PromptBatcher("encoder", run, limits, surroundings.metrics)
+    batcher = EncoderBatcher("encoder", run, limits, surroundings.metrics)
     cache = EmbeddingCache(settings.cache_bytes)
     servicer = EncoderServicer(
         Encoding(encoders, batcher, executor, cache, surroundings.store, surroundings.metrics, models, library)

@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.model_pb2 import EncoderDescription
+from safelight.v1.work_pb2 import MediaRole
 from services.common.validation import check_adapters, check_determinism, check_range
 
 MAX_PROMPTS = 64
+MAX_PICTURES = 64
+_MAX_FILM_SIDE = 8192  # pixels
 
 
 def check_encode(request: EncodeRequest, model: EncoderDescription) -> None:
     """Check a request against its model.
 
     Raises:
-        UnsupportedError: it has inputs beside text.
+        UnsupportedError: it has inputs beside text that the model does not take.
         InvalidRequestError: fields are out of range; every one is named.
     """
-    if request.inputs:
-        raise UnsupportedError("inputs: this model takes text only; leave them out", field="inputs")
+    if any(given.role not in model.inputs for given in request.inputs):
+        taken = ", ".join(map(MediaRole.Name, model.inputs)) or "text only"
+        raise UnsupportedError(f"inputs: this model takes {taken}; leave the others out", field="inputs")
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
 
@@ -31,6 +35,9 @@ def _violations(request: EncodeRequest, model: EncoderDescription) -> Iterator[F
     yield from check_range("clip_skip", request.clip_skip, 0, model.max_clip_skip)
     yield from check_determinism(request.determinism)
     yield from check_adapters(request.adapters)
+    yield from check_range("inputs", len(request.inputs), 0, MAX_PICTURES)
+    for field, pixels in (("width", request.width), ("height", request.height)):
+        yield from check_range(field, pixels, 1 if request.width or request.height else 0, _MAX_FILM_SIDE)
     for index, prompt in enumerate(request.prompts):
         size = len(prompt.encode())
         if size > model.max_prompt_bytes:

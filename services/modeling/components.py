@@ -23,6 +23,7 @@ _PIPELINE_FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "FluxPipeline": "flux",
     "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wan",
 }
 # Keys of which a single file of the family has one, and those below it lack all.
 _FAMILY_KEYS = {

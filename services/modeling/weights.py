@@ -40,16 +40,19 @@ class Piece:
         index: of the part.
         parts: equal ones along dimension 0.
         transposed: the matrix of it is meant.
+        squeezed: its axes of length 1 are left out.
     """
 
     name: str
     index: int = 0
     parts: int = 1
     transposed: bool = False
+    squeezed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part: a view of the whole tensor, but a copy if it is transposed."""
-        vector_or_more = tensor if tensor.ndim else tensor.reshape(1)
+        whole = tensor.squeeze() if self.squeezed else tensor
+        vector_or_more = whole if whole.ndim else whole.reshape(1)
         part = vector_or_more.tensor_split(self.parts)[self.index]
         return part.movedim(0, -1).contiguous() if self.transposed else part
 

@@ -1,4 +1,4 @@
-"""A Wan2.1 of a few thousand random weights, in the diffusers layout, made by diffusers itself."""
+"""Wan2.1 models of a few thousand random weights, in the diffusers layout, made by diffusers itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 TEXT_WIDTH = 32
+IMAGE_WIDTH, IMAGE_TOKENS = 160, 17
 LATENT_CHANNELS = 16
 _WORDS = ("a", "the", "red", "blue", "apple", "ball", "cat", "dog", "bouncing", "rolling", "jumping", "slowly")
 
@@ -23,6 +24,22 @@ def save_tiny_wan(folder: Path, seed: int = 0) -> Path:
     vocabulary = _save_tokenizer(folder / "tokenizer")
     tiny_umt5(vocabulary).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return folder
+
+
+def save_tiny_wan_i2v(folder: Path, pictures: int | None = None) -> Path:
+    """Write a model that is led through keyframes; with a number of them, one whose pictures have positions."""
+    save_tiny_wan(folder)
+    positions = None if pictures is None else pictures * IMAGE_TOKENS
+    dit = tiny_wan_dit(
+        in_channels=2 * LATENT_CHANNELS + 4,
+        image_dim=IMAGE_WIDTH,
+        added_kv_proj_dim=2 * 128,
+        pos_embed_seq_len=positions,
+    )
+    dit.save_pretrained(folder / "transformer")
+    tiny_clip_vision().save_pretrained(folder / "image_encoder")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
     return folder
 
 
@@ -43,6 +60,20 @@ def tiny_umt5(vocabulary: int) -> UMT5EncoderModel:
     """Two blocks of two heads, each with relative positions of its own."""
     config = UMT5Config(vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
     return UMT5EncoderModel(config).eval()
+
+
+def tiny_clip_vision() -> CLIPVisionModel:
+    """Three blocks of two heads, each as wide as ViT-H's; 16 patches."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    return _shaken(CLIPVisionModel(config), 0.05)
 
 
 def _shaken(model: torch.nn.Module, deviation: float) -> torch.nn.Module:

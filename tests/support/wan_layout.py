@@ -48,6 +48,42 @@ def save_original_umt5(folder: Path, names: Iterable[str], file: Path) -> Path:
     return file
 
 
+def save_original_clip(folder: Path, file: Path, prefix: str = "visual.") -> Path:
+    """A transformers `image_encoder` folder as one file, beside a bit of the text model that it was trained with."""
+    theirs = load_file(folder / "model.safetensors")
+    plain = {name.removeprefix("vision_model."): tensor for name, tensor in theirs.items()}
+    weights = {
+        "cls_embedding": plain.pop("embeddings.class_embedding")[None, None],
+        "pos_embedding": plain.pop("embeddings.position_embedding.weight")[None],
+        "patch_embedding.weight": plain.pop("embeddings.patch_embedding.weight"),
+        "head": torch.zeros(len(plain["post_layernorm.weight"]), 8),
+    }
+    for name in [name for name in plain if ".self_attn.q_proj." in name]:
+        qkv = [plain.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        weights[_original_clip_name(name.replace("self_attn.q_proj", "attn.to_qkv"))] = torch.cat(qkv)
+    weights |= {_original_clip_name(name): tensor for name, tensor in plain.items()}
+    whole = {f"{prefix}{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file({**whole, f"{prefix.replace('visual', 'textual')}token_embedding.weight": torch.zeros(2, 2)}, file)
+    return file
+
+
+_CLIP_NAMES = {
+    "encoder.layers": "transformer",
+    "layer_norm": "norm",
+    "self_attn.out_proj": "attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "pre_layrnorm": "pre_norm",
+    "post_layernorm": "post_norm",
+}
+
+
+def _original_clip_name(name: str) -> str:
+    for published, original in _CLIP_NAMES.items():
+        name = name.replace(published, original)
+    return name
+
+
 def save_original_files(folder: Path, into: Path) -> tuple[Path, Path, Path]:
     """The transformer, the VAE and UMT5 of a diffusers folder, each as a file of its own."""
 

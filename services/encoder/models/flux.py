@@ -40,6 +40,8 @@ class FluxEncoder:
         fingerprint: of the weights of both.
     """
 
+    image_encoder = None
+
     def __init__(
         self,
         clip: Placed[ClipTextEncoder],

@@ -26,6 +26,8 @@ class SD15Encoder:
         fingerprint: of the text model's weights.
     """
 
+    image_encoder = None
+
     def __init__(self, clip: Placed[ClipTextEncoder], tokenizer: ClipTokenizer, fingerprint: str) -> None:
         self._clip = clip.network
         self.weights: Sequence[PlacedWeights] = (clip.weights,)

@@ -38,6 +38,8 @@ class SDXLEncoder:
         zero_empty_negative: stand for an empty negative prompt by zeros, as SDXL was trained.
     """
 
+    image_encoder = None
+
     def __init__(
         self,
         clip_l: Placed[ClipTextEncoder],

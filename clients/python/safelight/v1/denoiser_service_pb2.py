@@ -27,7 +27,7 @@ from safelight.v1 import tensor_pb2 as safelight_dot_v1_dot_tensor__pb2
 from safelight.v1 import work_pb2 as safelight_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#safelight/v1/denoiser_service.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\xae\x06\n\x0e\x44\x65noiseRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\x0c\x63onditioning\x18\x03 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x39\n\x15negative_conditioning\x18\x04 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x14\n\x0clatent_shape\x18\x05 \x03(\x03\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\'\n\x08\x61\x64\x61pters\x18\t \x03(\x0b\x32\x15.safelight.v1.Adapter\x12\x30\n\x0finitial_latents\x18\n \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x00\x88\x01\x01\x12%\n\x04mask\x18\x0c \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x33\n\x0b\x64\x65terminism\x18\r \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12-\n\x07preview\x18\x0e \x01(\x0b\x32\x1c.safelight.v1.PreviewOptions\x12\x34\n\x0b\x63heckpoints\x18\x0f \x01(\x0b\x32\x1f.safelight.v1.CheckpointOptions\x12-\n\x0bresume_from\x18\x10 \x01(\x0b\x32\x18.safelight.v1.Checkpoint\x12\x39\n\x11size_conditioning\x18\x11 \x01(\x0b\x32\x1e.safelight.v1.SizeConditioning\x12\x31\n\x10keyframe_latents\x18\x12 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x11\n\tkeyframes\x18\x13 \x03(\x05\x42\x0b\n\t_strength\"!\n\rDenoiseQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\"X\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05steps\x18\x02 \x01(\x05\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"?\n\rLatentPreview\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xac\x01\n\rDenoiseResult\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x11\n\tsteps_run\x18\x02 \x01(\x05\x12\x33\n\x0b\x64\x65terminism\x18\x03 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.safelight.v1.StageTiming\"\xcb\x02\n\x0f\x44\x65noiseResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12-\n\x06queued\x18\x02 \x01(\x0b\x32\x1b.safelight.v1.DenoiseQueuedH\x00\x12\x31\n\x08progress\x18\x03 \x01(\x0b\x32\x1d.safelight.v1.DenoiseProgressH\x00\x12.\n\x07preview\x18\x04 \x01(\x0b\x32\x1b.safelight.v1.LatentPreviewH\x00\x12.\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.safelight.v1.CheckpointH\x00\x12,\n\theartbeat\x18\x06 \x01(\x0b\x32\x17.safelight.v1.HeartbeatH\x00\x12-\n\x06result\x18\x07 \x01(\x0b\x32\x1b.safelight.v1.DenoiseResultH\x00\x42\x07\n\x05\x65vent2[\n\x0f\x44\x65noiserService\x12H\n\x07\x44\x65noise\x12\x1c.safelight.v1.DenoiseRequest\x1a\x1d.safelight.v1.DenoiseResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#safelight/v1/denoiser_service.proto\x12\x0csafelight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\xb5\x06\n\x0e\x44\x65noiseRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\x0c\x63onditioning\x18\x03 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x39\n\x15negative_conditioning\x18\x04 \x01(\x0b\x32\x1a.safelight.v1.Conditioning\x12\x14\n\x0clatent_shape\x18\x05 \x03(\x03\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.safelight.v1.SamplingOptions\x12/\n\x08guidance\x18\x07 \x01(\x0b\x32\x1d.safelight.v1.GuidanceOptions\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\'\n\x08\x61\x64\x61pters\x18\t \x03(\x0b\x32\x15.safelight.v1.Adapter\x12\x30\n\x0finitial_latents\x18\n \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x15\n\x08strength\x18\x0b \x01(\x02H\x00\x88\x01\x01\x12%\n\x04mask\x18\x0c \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x33\n\x0b\x64\x65terminism\x18\r \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12-\n\x07preview\x18\x0e \x01(\x0b\x32\x1c.safelight.v1.PreviewOptions\x12\x34\n\x0b\x63heckpoints\x18\x0f \x01(\x0b\x32\x1f.safelight.v1.CheckpointOptions\x12-\n\x0bresume_from\x18\x10 \x01(\x0b\x32\x18.safelight.v1.Checkpoint\x12\x39\n\x11size_conditioning\x18\x11 \x01(\x0b\x32\x1e.safelight.v1.SizeConditioning\x12\x31\n\x10keyframe_latents\x18\x12 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x18\n\x10keyframe_indices\x18\x13 \x03(\x05\x42\x0b\n\t_strength\"!\n\rDenoiseQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\"X\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05steps\x18\x02 \x01(\x05\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"?\n\rLatentPreview\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xac\x01\n\rDenoiseResult\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12\x11\n\tsteps_run\x18\x02 \x01(\x05\x12\x33\n\x0b\x64\x65terminism\x18\x03 \x01(\x0e\x32\x1e.safelight.v1.DeterminismClass\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.safelight.v1.StageTiming\"\xcb\x02\n\x0f\x44\x65noiseResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12-\n\x06queued\x18\x02 \x01(\x0b\x32\x1b.safelight.v1.DenoiseQueuedH\x00\x12\x31\n\x08progress\x18\x03 \x01(\x0b\x32\x1d.safelight.v1.DenoiseProgressH\x00\x12.\n\x07preview\x18\x04 \x01(\x0b\x32\x1b.safelight.v1.LatentPreviewH\x00\x12.\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.safelight.v1.CheckpointH\x00\x12,\n\theartbeat\x18\x06 \x01(\x0b\x32\x17.safelight.v1.HeartbeatH\x00\x12-\n\x06result\x18\x07 \x01(\x0b\x32\x1b.safelight.v1.DenoiseResultH\x00\x42\x07\n\x05\x65vent2[\n\x0f\x44\x65noiserService\x12H\n\x07\x44\x65noise\x12\x1c.safelight.v1.DenoiseRequest\x1a\x1d.safelight.v1.DenoiseResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'safelight.v1.denoiser_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DENOISEREQUEST']._serialized_start=139
-  _globals['_DENOISEREQUEST']._serialized_end=953
-  _globals['_DENOISEQUEUED']._serialized_start=955
-  _globals['_DENOISEQUEUED']._serialized_end=988
-  _globals['_DENOISEPROGRESS']._serialized_start=990
-  _globals['_DENOISEPROGRESS']._serialized_end=1078
-  _globals['_LATENTPREVIEW']._serialized_start=1080
-  _globals['_LATENTPREVIEW']._serialized_end=1143
-  _globals['_HEARTBEAT']._serialized_start=1145
-  _globals['_HEARTBEAT']._serialized_end=1198
-  _globals['_DENOISERESULT']._serialized_start=1201
-  _globals['_DENOISERESULT']._serialized_end=1373
-  _globals['_DENOISERESPONSE']._serialized_start=1376
-  _globals['_DENOISERESPONSE']._serialized_end=1707
-  _globals['_DENOISERSERVICE']._serialized_start=1709
-  _globals['_DENOISERSERVICE']._serialized_end=1800
+  _globals['_DENOISEREQUEST']._serialized_end=960
+  _globals['_DENOISEQUEUED']._serialized_start=962
+  _globals['_DENOISEQUEUED']._serialized_end=995
+  _globals['_DENOISEPROGRESS']._serialized_start=997
+  _globals['_DENOISEPROGRESS']._serialized_end=1085
+  _globals['_LATENTPREVIEW']._serialized_start=1087
+  _globals['_LATENTPREVIEW']._serialized_end=1150
+  _globals['_HEARTBEAT']._serialized_start=1152
+  _globals['_HEARTBEAT']._serialized_end=1205
+  _globals['_DENOISERESULT']._serialized_start=1208
+  _globals['_DENOISERESULT']._serialized_end=1380
+  _globals['_DENOISERESPONSE']._serialized_start=1383
+  _globals['_DENOISERESPONSE']._serialized_end=1714
+  _globals['_DENOISERSERVICE']._serialized_start=1716
+  _globals['_DENOISERSERVICE']._serialized_end=1807
 # @@protoc_insertion_point(module_scope)

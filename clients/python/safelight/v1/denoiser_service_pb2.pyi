@@ -45,7 +45,7 @@ class DenoiseRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _builtins.int
     SIZE_CONDITIONING_FIELD_NUMBER: _builtins.int
     KEYFRAME_LATENTS_FIELD_NUMBER: _builtins.int
-    KEYFRAMES_FIELD_NUMBER: _builtins.int
+    KEYFRAME_INDICES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     seed: _builtins.int
@@ -113,8 +113,8 @@ class DenoiseRequest(_message.Message):
         """
 
     @_builtins.property
-    def keyframes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Frames of the film at which the keyframes are, from 0, rising."""
+    def keyframe_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The number, from 0, of the frame that each keyframe is; rising."""
 
     def __init__(
         self,
@@ -137,11 +137,11 @@ class DenoiseRequest(_message.Message):
         resume_from: _work_pb2.Checkpoint | None = ...,
         size_conditioning: _work_pb2.SizeConditioning | None = ...,
         keyframe_latents: _tensor_pb2.TensorRef | None = ...,
-        keyframes: _abc.Iterable[_builtins.int] | None = ...,
+        keyframe_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "guidance", b"guidance", "initial_latents", b"initial_latents", "keyframe_latents", b"keyframe_latents", "mask", b"mask", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "keyframe_latents", b"keyframe_latents", "keyframes", b"keyframes", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "adapters", b"adapters", "checkpoints", b"checkpoints", "conditioning", b"conditioning", "context", b"context", "determinism", b"determinism", "guidance", b"guidance", "initial_latents", b"initial_latents", "keyframe_indices", b"keyframe_indices", "keyframe_latents", b"keyframe_latents", "latent_shape", b"latent_shape", "mask", b"mask", "model", b"model", "negative_conditioning", b"negative_conditioning", "preview", b"preview", "resume_from", b"resume_from", "sampling", b"sampling", "seed", b"seed", "size_conditioning", b"size_conditioning", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from safelight.errors import CheckpointError
-from services.common.manifest import Component, ModelEntry
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE
+from services.common.manifest import Component, ModelEntry, Part
 from services.encoder.models.t5 import load_t5
 from services.encoder.models.wan import UMT5_TOKENS, WanEncoder, cleaned
 from services.modeling.weights import open_checkpoint
-from tests.support.tiny_wan import save_tiny_wan
-from tests.support.wan_layout import save_original_umt5
+from tests.support.tiny_wan import IMAGE_TOKENS, IMAGE_WIDTH, save_tiny_wan, save_tiny_wan_i2v
+from tests.support.wan_layout import save_original_clip, save_original_umt5
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red apple bouncing", "the cat"]
@@ -93,3 +95,30 @@ def test_a_missing_tokenizer_is_an_error_with_the_remedy(folder: Path) -> None:
     entry = ModelEntry(name="tiny", path=str(folder), tokenizer=str(folder / "vae"))
     with pytest.raises(CheckpointError, match="umt5-xxl"):
         WanEncoder.load(entry, CPU)
+
+
+def image_embeds_of(encoder: WanEncoder, count: int) -> list[Tensor]:
+    assert encoder.image_encoder is not None
+    picture = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+    pixels = [encoder.image_encoder.pixels(picture + index) for index in range(count)]
+    return [row["image_embeds"] for row in encoder.image_encoder.encode(pixels)]
+
+
+def test_a_folder_with_an_image_encoder_takes_pictures_and_a_named_file_is_the_same(
+    folder: Path, encoder: WanEncoder, tmp_path: Path
+) -> None:
+    led = save_tiny_wan_i2v(tmp_path / "led")
+    file = save_original_clip(led / "image_encoder", tmp_path / "clip.safetensors")
+    named = Component(parts={"image_encoder": Part(path=str(file))})
+    of_folder = WanEncoder.load(ModelEntry(name="led", path=str(led)), CPU)
+    of_file = WanEncoder.load(ModelEntry(name="tiny", path=str(folder), encoder=named), CPU)
+    theirs, ours = image_embeds_of(of_folder, 2), image_embeds_of(of_file, 2)
+    assert theirs[0].shape == (1, IMAGE_TOKENS, IMAGE_WIDTH)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert of_file.fingerprint not in (encoder.fingerprint, of_folder.fingerprint)
+    assert list(of_file.describe("tiny").encoder.inputs) == [MEDIA_ROLE_IMAGE]
+
+
+def test_a_model_of_words_has_no_image_encoder(encoder: WanEncoder) -> None:
+    assert encoder.image_encoder is None
+    assert len(encoder.weights) == 1
