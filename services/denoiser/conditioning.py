@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safelight.errors import InvalidRequestError
 from safelight.v1.work_pb2 import SizeConditioning
+from services.denoiser.keyframes import Keyframes
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class PromptConditioning:
         latent_shape: [C, H, W] of the latent that is drawn, of a film [C, T, H, W].
         distilled_scale: guidance scale that a distilled model takes as an input; None: the model's default.
         sizes: that the model is told; None: those of the latent.
+        keyframes: pictures that the film is led through; None: none.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,6 +30,7 @@ class PromptConditioning:
     latent_shape: tuple[int, ...]
     distilled_scale: float | None = None
     sizes: SizeConditioning | None = None
+    keyframes: Keyframes | None = None
 
 
 def checked_tensor(conditioning: PromptConditioning, name: str, axes: int, width: int) -> Tensor:

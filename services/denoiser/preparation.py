@@ -25,12 +25,12 @@ from services.denoiser.guidance import guidance_rows
 from services.denoiser.initial_picture import initial_refs, read_initial_latents, read_inpainting
 from services.denoiser.inpainting import Inpainting
 from services.denoiser.job import DenoiseJob
+from services.denoiser.keyframes import Keyframes, read_keyframes
 from services.denoiser.resumption import read_checkpoint
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.plan import SamplingPlan
 from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.state import SamplerState
-from services.modeling.lora.adapter import Applied
 from services.modeling.lora.library import AdapterLibrary
 from services.modeling.wire import read_tensor
 
@@ -87,10 +87,16 @@ class Preparation:
         """
         scale = self._guidance_scale(request)
         adapters = self.library.find(request.model, request.adapters)
-        positive = await self._condition(request, request.conditioning, "conditioning", adapters)
+        keyframes = await read_keyframes(self.reader, request)
+
+        async def condition(conditioning: Conditioning, field: str) -> Any:
+            prompt = await self._prompt(request, conditioning, field, keyframes)
+            return await self.executor.run(lambda: self.engine.prepare(request.model, prompt, adapters))
+
+        positive = await condition(request.conditioning, "conditioning")
         negative = None
         if guidance_rows(scale) == 2:
-            negative = await self._condition(request, request.negative_conditioning, "negative_conditioning", adapters)
+            negative = await condition(request.negative_conditioning, "negative_conditioning")
             self._check_alike(request.model, positive, negative)
         noise = NoiseSource(request.seed, (1, *request.latent_shape))
         picture = await read_initial_latents(self.reader, request)
@@ -146,21 +152,21 @@ class Preparation:
             return request.guidance.scale
         return self.models[request.model].denoiser.default_guidance_scale
 
-    async def _condition(
-        self, request: pb.DenoiseRequest, conditioning: Conditioning, field: str, adapters: tuple[Applied, ...]
-    ) -> Any:
+    async def _prompt(
+        self, request: pb.DenoiseRequest, conditioning: Conditioning, field: str, keyframes: Keyframes | None
+    ) -> PromptConditioning:
         refs = {named.name: named.tensor for named in conditioning.tensors}
         tensors = await asyncio.gather(
             *(read_tensor(self.reader, ref, f"{field}.{name}") for name, ref in refs.items())
         )
-        prompt = PromptConditioning(
+        return PromptConditioning(
             dict(zip(refs, tensors, strict=True)),
             field,
             tuple(request.latent_shape),
             request.guidance.distilled_scale if request.guidance.HasField("distilled_scale") else None,
             request.size_conditioning if request.HasField("size_conditioning") else None,
+            keyframes,
         )
-        return await self.executor.run(lambda: self.engine.prepare(request.model, prompt, adapters))
 
 
 def work_deadline(request: pb.DenoiseRequest, call_seconds: float | None) -> float | None:
@@ -180,4 +186,5 @@ def _tensors(request: pb.DenoiseRequest, guided: bool) -> list[TensorRef]:
     prompts = [request.conditioning, *([request.negative_conditioning] if guided else [])]
     refs = [named.tensor for prompt in prompts for named in prompt.tensors]
     refs += initial_refs(request)
+    refs += [request.keyframe_latents] if request.HasField("keyframe_latents") else []
     return refs + ([request.resume_from.sampler_state] if request.HasField("resume_from") else [])

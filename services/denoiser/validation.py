@@ -47,15 +47,17 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
         refuse_unserved(request, ["size_conditioning"], request.model)
     if not model.max_keyframes:
         refuse_unserved(request, ["keyframe_latents", "keyframe_indices"], request.model)
-    for field, role in (("initial_latents", MEDIA_ROLE_IMAGE), ("mask", MEDIA_ROLE_MASK)):
-        if role not in model.inputs:
-            refuse_unserved(request, [field], request.model)
+    if model.max_keyframes or MEDIA_ROLE_IMAGE not in model.inputs:
+        refuse_unserved(request, ["initial_latents"], request.model)
+    if MEDIA_ROLE_MASK not in model.inputs:
+        refuse_unserved(request, ["mask"], request.model)
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     check_own_fingerprint(request.context, "denoiser", model.fingerprint)
     check_conditioning_fingerprints(request.context, request.conditioning, "conditioning")
     check_conditioning_fingerprints(request.context, request.negative_conditioning, "negative_conditioning")
     check_tensor_fingerprint(request.context, "decoder", request.initial_latents.header, "initial_latents")
+    check_tensor_fingerprint(request.context, "decoder", request.keyframe_latents.header, "keyframe_latents")
 
 
 def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Iterator[FieldViolation]:
@@ -74,6 +76,8 @@ def _violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Itera
     yield from check_determinism(request.determinism)
     yield from _shape_violations(list(request.latent_shape), model)
     yield from _initial_violations(request)
+    if model.max_keyframes:
+        yield from _keyframe_violations(request, model)
     if not request.conditioning.tensors:
         yield FieldViolation("conditioning", "has no tensors; run the encoder first")
     if request.guidance.scale > 1 and not request.negative_conditioning.tensors:
@@ -111,6 +115,18 @@ def _initial_violations(request: pb.DenoiseRequest) -> Iterator[FieldViolation]:
     yield from _float_violations("initial_latents", request.initial_latents, [1, *request.latent_shape])
     if request.HasField("mask"):
         yield from _float_violations("mask", request.mask, [1, 1, *request.latent_shape[1:]])
+
+
+def _keyframe_violations(request: pb.DenoiseRequest, model: DenoiserDescription) -> Iterator[FieldViolation]:
+    """What is wrong with the keyframes of a model that is led through some; how long the film is, the model knows."""
+    indices, least, most = list(request.keyframe_indices), model.min_keyframes, model.max_keyframes
+    if not least <= len(indices) <= most or indices != sorted(set(indices)) or min(indices, default=0) < 0:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        yield FieldViolation("keyframe_indices", f"are {indices[: most + 1]}; must be {wanted} rising frame numbers")
+    if request.HasField("keyframe_latents"):
+        yield from _float_violations("keyframe_latents", request.keyframe_latents, [1, *request.latent_shape])
+    elif indices or least:
+        yield FieldViolation("keyframe_latents", "are needed: have the decoder encode the pictures of the film")
 
 
 def _float_violations(field: str, ref: TensorRef, shape: list[int]) -> Iterator[FieldViolation]:

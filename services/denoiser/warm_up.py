@@ -7,11 +7,14 @@ import statistics
 import time
 from collections.abc import Mapping
 
+import torch
+
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.cost_curve import StepCosts
 from services.denoiser.engine import DenoiserEngine
 from services.denoiser.job import DenoiseJob
+from services.denoiser.keyframes import Keyframes
 from services.denoiser.sampling.noise import NoiseSource
 from services.denoiser.sampling.planning import plan_sampling
 
@@ -85,13 +88,15 @@ def _job(
     model = engine.models[name]
     plan = plan_sampling(model.sampling, latent_shape=shape, steps=steps)
     noise = NoiseSource(0, (1, *shape))
+    keyframes = Keyframes(torch.zeros(1, *shape), (0,)) if denoiser.max_keyframes else None
+    prompt = PromptConditioning(model.example_conditioning(), "warm-up", shape, keyframes=keyframes)
     return DenoiseJob(
         model=name,
         plan=plan,
         noise=noise,
         state=engine.start(name, plan, noise),
         guidance_scale=1.0,
-        positive=engine.prepare(name, PromptConditioning(model.example_conditioning(), "warm-up", shape)),
+        positive=engine.prepare(name, prompt),
         negative=None,
     )
 
