@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from safelight.errors import InvalidRequestError
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
+from services.denoiser.keyframes import Keyframes
 from services.denoiser.registry import LOADERS, Denoiser
 from services.modeling.lora.adapter import Adapter, Applied
 from services.modeling.lora.fusing import fuse
@@ -34,7 +35,7 @@ from tests.support.lora_files import Tensors, dotted, kohya, save
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sd15 import save_tiny_sd15
 from tests.support.tiny_sdxl import save_tiny_sdxl
-from tests.support.tiny_wan import save_tiny_wan
+from tests.support.tiny_wan import save_tiny_wan, save_tiny_wan_i2v
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,7 @@ FAMILIES = {
     "sdxl": Family(save_tiny_sdxl, "unet", StableDiffusionXLPipeline, (4, 8, 12)),
     "flux": Family(save_tiny_flux, "transformer", FluxPipeline, (16, 8, 6)),
     "wan": Family(save_tiny_wan, "transformer", WanTransformerAlone, (16, 2, 8, 6)),
+    "wan i2v": Family(save_tiny_wan_i2v, "transformer", WanTransformerAlone, (16, 2, 8, 6)),
 }
 
 
@@ -101,7 +103,7 @@ class Model:
             shard.unlink()
         file = folder / self.family.component / "diffusion_pytorch_model.safetensors"
         save_file({name: each.contiguous() for name, each in weights.items()}, file)
-        return LOADERS[self.name](ModelEntry(name="tiny", path=str(folder)), CPU)
+        return load(self.name, folder)
 
     def predict(self, denoiser: Denoiser, rows: Sequence[int], adapters: Sequence[tuple[Applied, ...]]) -> Tensor:
         """Of a row for each seed: its latent, timestep and text, with its adapters."""
@@ -116,7 +118,15 @@ class Model:
     def _conditioning(self, denoiser: Denoiser, seed: int) -> PromptConditioning:
         example = denoiser.example_conditioning()
         tensors = {name: _random(*each.shape, seed=seed + 100) for name, each in example.items()}
-        return PromptConditioning(tensors, "conditioning", self.family.latent_shape)
+        shape = self.family.latent_shape
+        led = denoiser.describe("tiny").denoiser.max_keyframes > 0
+        keyframes = Keyframes(_random(1, *shape, seed=seed + 200), (0, 4)) if led else None
+        return PromptConditioning(tensors, "conditioning", shape, keyframes=keyframes)
+
+
+def load(name: str, folder: Path) -> Denoiser:
+    """A model of FAMILIES, whose names begin with the registry's."""
+    return LOADERS[name.split()[0]](ModelEntry(name="tiny", path=str(folder)), CPU)
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -127,7 +137,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     family, name = FAMILIES[request.param], request.param
     folder = family.save(tmp_path_factory.mktemp(name) / "model")
-    return Model(family, name, folder, LOADERS[name](ModelEntry(name="tiny", path=str(folder)), CPU))
+    return Model(family, name, folder, load(name, folder))
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +196,7 @@ ORIGINAL_NAMES = {
     "sdxl": ("up_blocks.0.resnets.0.conv1", "output_blocks.0.0.in_layers.2"),
     "flux": ("transformer_blocks.1.ff.net.0.proj", "double_blocks.1.img_mlp.0"),
     "wan": ("blocks.1.ffn.net.0.proj", "blocks.1.ffn.0"),
+    "wan i2v": ("blocks.1.attn2.add_k_proj", "blocks.1.cross_attn.k_img"),
 }
 NAMES: dict[str, Callable[[str, str], str]] = {
     "kohya, as in the original": lambda theirs, original: f"lora_unet_{original.replace('.', '_')}",
