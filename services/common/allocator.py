@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what is freed.
+"""glibc's allocator, told to keep what is freed, or to give it back.
 
 By default it gives every larger block back to the system when it is freed, and touches each page anew the next time. A
 message of 1 MiB costs more that way than the copies of its bytes (docs/performance.md).
@@ -23,3 +23,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what is freed but kept, also between blocks that are in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

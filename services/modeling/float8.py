@@ -40,12 +40,12 @@ class Float8Weight(nn.Module):
         if weight.dtype == FLOAT8:
             return weight, weight.new_ones(rows, dtype=self._dtype)
         scale = row_scales(weight).view(rows)
-        return (weight.float() / scale).to(FLOAT8), scale.to(self._dtype)
+        return (weight / scale).to(FLOAT8), scale.to(self._dtype)  # divided in float32: the scale's dtype
 
 
 def row_scales(weight: Tensor) -> Tensor:
     """The least power of two for each row, [out, ...] -> [out] in float32, that brings it down to float8's range."""
-    largest = weight.float().abs().flatten(1).amax(1)
+    largest = weight.abs().flatten(1).amax(1).float()
     return torch.exp2(torch.ceil(torch.log2(largest / _LARGEST))).clamp_(min=2.0**-24).where(largest > 0, 1.0)
 
 

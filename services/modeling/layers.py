@@ -5,7 +5,7 @@ An unpacked layer is torch's own, with the residual added; so it stays on a GPU.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Protocol, TypeGuard, TypeVar, cast, runtime_checkable
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.common.allocator import return_freed_memory
 from services.modeling.float8 import is_stored_as_float8
-from services.modeling.mapped_memory import release_mapped
+from services.modeling.mapped_memory import is_mapped, release_mapped
 from services.modeling.packing import (
     ConvGeometry,
     can_pack,
@@ -28,9 +29,15 @@ from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _UNPADDED: ConvGeometry = ((0, 0), (1, 1), (1, 1), 1)
+# Of the two phases of an upsampling, the rows (or columns) of the 3x3 kernel that become each of the 2x2 one.
+_PHASES = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 # Narrower convolutions are left to torch. oneDNN's blocks for them depend on the size of the picture, and a weight in
 # blocks that don't fit is brought into others on every call, by oneDNN's slowest routine; and tiles don't pay.
 _MIN_PACKED_CHANNELS = 256
+# Beyond their own bytes, weights may take this share of them for faster forms unless a budget says otherwise: it buys
+# a UNet its finest levels' forms, and most of the time that all would save. Small networks (VAEs) get all of theirs.
+_USUAL_SHARE = 20
+_SMALL_NETWORK_BYTES = 2**30
 
 
 @runtime_checkable
@@ -137,21 +144,20 @@ class GatedLinear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """A convolution (+ residual). x: [B, in, H, W], residual: [B, out, H', W'] -> [B, out, H', W'].
 
-    Packed, a 1 x 1 kernel, and a wide 3 x 3 one in float32, keep their weight (as loaded, the mapped file) beside
-    another form of it.
+    Packed, the weight of a 1 x 1 kernel is a matrix. That of a wide 3 x 3 one in float32 may stay (as loaded, the
+    mapped file) beside tiles, which are computed with.
     """
 
     __call__: Callable[..., Tensor]
     may_tile = True
-    _matrix: Tensor | None = None
     _tiles: Tiles | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._matrix is not None:
-            return _pixelwise_linear(x, self._matrix, self.bias, residual)
         if self._tiles is not None:
             return tiled_conv2d(x, self._tiles, self.bias, residual)
         weight = self.weight
+        if weight.is_mkldnn and weight.ndim == 2:
+            return _pixelwise_linear(x, weight, self.bias, residual)
         if weight.is_mkldnn:
             return packed_conv2d(x, weight, self.bias, self._geometry(), add=residual)
         y: Tensor = self._conv_forward(x, weight, self.bias)
@@ -160,7 +166,7 @@ class Conv2d(nn.Conv2d):
     def pack(self) -> None:
         """Gives the layer its packed weight."""
         if self.kernel_size == (1, 1) and self._geometry() == _UNPADDED:
-            self._matrix = pack_linear_weight(self.weight.flatten(1))
+            self.weight = _frozen(pack_linear_weight(self.weight.flatten(1)))
         elif min(self.in_channels, self.out_channels) < _MIN_PACKED_CHANNELS:
             self.weight = _frozen(self.weight.contiguous(memory_format=torch.channels_last))
         elif self.may_tile and self.tile_bytes():
@@ -205,7 +211,7 @@ class Upsample(TensorModule):
         doubled = (2 * height, 2 * width)
         if tuple(size or doubled) != doubled or (self._phases is None and self.weight.is_mkldnn):
             return self.conv(F.interpolate(x, size=list(size or doubled), mode="nearest"))
-        kernels = self._phases or phase_kernels(self.weight)
+        kernels = self._phases or list(phase_kernels(self.weight))
         padded = F.pad(x, (1, 1, 1, 1))
         out = x.new_empty((batch, 2 * height, 2 * width, self.conv.out_channels)).permute(0, 3, 1, 2)
         for (row, column), kernel in zip(product(range(2), range(2)), kernels, strict=True):
@@ -214,14 +220,16 @@ class Upsample(TensorModule):
         return out
 
     def pack(self) -> None:
-        """Computes the phases, and packs wide ones; the convolution itself is packed as any other."""
+        """Computes the phases, and packs wide ones; without them, the convolution, which has little work otherwise."""
+        self.conv.may_tile = False
         if not self.may_tile:
-            return
-        kernels = phase_kernels(self.weight)
-        if min(self.conv.in_channels, self.conv.out_channels) < _MIN_PACKED_CHANNELS:
-            self._phases = [kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels]
+            self.conv.pack()
+        elif min(self.conv.in_channels, self.conv.out_channels) < _MIN_PACKED_CHANNELS:
+            self._phases = [
+                kernel.contiguous(memory_format=torch.channels_last) for kernel in phase_kernels(self.weight)
+            ]
         else:
-            self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in kernels]
+            self._phases = [pack_conv2d_weight(kernel, _UNPADDED) for kernel in phase_kernels(self.weight)]
 
     def tile_bytes(self) -> int:
         """What the phases take."""
@@ -237,47 +245,81 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return weight
     if isinstance(layer, GatedLinear):
         return torch.cat([weight.to_dense(), layer.packed_gate.to_dense()])
-    return weight.to_dense()
+    dense = weight.to_dense()
+    return dense.view(*dense.shape[:2], *layer.kernel_size) if isinstance(layer, Conv2d) else dense
 
 
 def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A layer like this one, in other memory, with another weight, packed where `pack_weights` would."""
+    """A layer like this one, in other memory, with another weight, in the form that this one has."""
     other = _unpacked_copy(layer)
     if isinstance(other, Upsample):
         other.conv = _unpacked_copy(other.conv)
         other.conv.weight = _frozen(weight)
     else:
         other.weight = _frozen(weight)
-    pack_weights(other)
+    for packable in _packable(other):
+        _pack(packable)
     return other
 
 
-def phase_kernels(weight: Tensor) -> list[Tensor]:
+def phase_kernels(weight: Tensor) -> Iterator[Tensor]:
     """The 2x2 kernels [C_out, C_in, 2, 2] of a 3x3 one [C_out, C_in, 3, 3], row phase first, in its dtype.
 
     An even output row sees input rows (before; here, here), an odd one (here, here; after). Sums are taken in float32.
     """
-    taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
-    kernels = torch.einsum("rhk,oikl,cwl->rcohwi", taps, weight.float(), taps).to(weight.dtype)
-    return list(kernels.permute(0, 1, 2, 5, 3, 4).flatten(0, 1))
+    for rows, columns in product(_PHASES, _PHASES):
+        sums = [weight[:, :, row, column].sum((2, 3), dtype=torch.float32) for row, column in product(rows, columns)]
+        yield torch.stack(sums, dim=-1).view(*weight.shape[:2], 2, 2).to(weight.dtype)
 
 
 def pack_weights(module: nn.Module, budget_bytes: int | None = None) -> None:
     """Packs the layers of a loaded module where the machine gains by it. One layer at a time is in memory twice.
 
-    budget_bytes: of all weights; what it leaves beyond their own bytes goes to faster forms. None: no bound.
+    budget_bytes: of all weights; what it leaves beyond their own bytes goes to faster forms. None: all of them for a
+    small network, else a twentieth of the weights.
     """
-    spare = math.inf if budget_bytes is None else budget_bytes - sum(each.nbytes for each in module.parameters())
-    # A module comes before its parts: an Upsample packs what its convolution's weight is before that is packed itself.
-    for layer in module.modules():
-        if not _packs(layer) or not can_pack(layer.weight.device.type, layer.weight.dtype):
-            continue
-        if isinstance(layer, Tileable):
-            layer.may_tile = layer.tile_bytes() <= spare
-            spare -= layer.may_tile * layer.tile_bytes()
-        loaded = layer.weight
-        layer.pack()
-        release_mapped(loaded)
+    layers = list(_packable(module))
+    _share_out(_spare_bytes(module, budget_bytes), [layer for layer in layers if isinstance(layer, Tileable)])
+    for layer in layers:
+        _pack(layer)
+        return_freed_memory()  # else what is left of the weights as loaded, in holes, is a tenth of them
+
+
+def _spare_bytes(module: nn.Module, budget_bytes: int | None) -> float:
+    """What faster forms may take."""
+    weights = sum(each.nbytes for each in module.parameters())
+    if budget_bytes is not None:
+        return budget_bytes - weights
+    return math.inf if weights < _SMALL_NETWORK_BYTES else weights / _USUAL_SHARE
+
+
+def _share_out(spare: float, layers: Iterable[Tileable]) -> None:
+    """Lets layers have their faster forms as far as these fit, those with small weights first.
+
+    What a form saves grows with its bytes and with the places that it is used at, of which narrow layers have most.
+    Beside it a weight that is a mapped file takes nothing; in the form's place it would be packed and take its bytes.
+    """
+    for layer in sorted(layers, key=lambda layer: layer.weight.nbytes):
+        if form := layer.tile_bytes():
+            cost = form - (layer.weight.nbytes if is_mapped(layer.weight) else 0)
+            layer.may_tile = cost <= spare
+            spare -= layer.may_tile * cost
+
+
+def _pack(layer: Packable) -> None:
+    loaded = layer.weight
+    layer.pack()
+    release_mapped(loaded)
+
+
+def _packable(module: nn.Module) -> Iterator[Packable]:
+    """The layers that have a weight to pack, on a machine that gains by it. An Upsample packs its own convolution."""
+    if _packs(module):
+        if can_pack(module.weight.device.type, module.weight.dtype):
+            yield module
+        return
+    for part in module.children():
+        yield from _packable(part)
 
 
 def _packs(layer: nn.Module) -> TypeGuard[Packable]:
@@ -300,7 +342,7 @@ def _unpacked_copy(layer: Layer) -> Layer:
     """The layer with tables of its own, and without packed forms; its tensors are shared."""
     other = copy.copy(layer)
     vars(other).update({name: table.copy() for name, table in vars(layer).items() if isinstance(table, dict)})
-    for packed in ("_matrix", "_tiles", "_phases", "packed_gate"):
+    for packed in ("_tiles", "_phases", "packed_gate"):
         if getattr(other, packed, None) is not None:
             setattr(other, packed, None)
     return other

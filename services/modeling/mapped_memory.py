@@ -17,17 +17,28 @@ _MAPS = Path("/proc/self/maps")  # Linux; elsewhere nothing is given back
 _MADV_DONTNEED = 4
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes, as far as they fill pages, are a mapping of a file."""
+    start, stop = _pages(tensor)
+    return start < stop and _is_mapped_file(start, stop)
+
+
 def release_mapped(tensor: Tensor) -> None:
     """Gives back the pages under a tensor's bytes, if they are a mapping of a file, to which nothing was written.
 
     The tensor may be used on: its bytes are read again from the file then.
     """
-    if tensor.device.type != "cpu" or tensor.is_mkldnn:
-        return
-    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < stop and _is_mapped_file(start, stop):
+    if is_mapped(tensor):
+        start, stop = _pages(tensor)
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+
+def _pages(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first whole page and of what follows its last; the same if there is none."""
+    if tensor.device.type != "cpu" or tensor.is_mkldnn:
+        return 0, 0
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def _is_mapped_file(start: int, stop: int) -> bool:

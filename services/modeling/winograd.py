@@ -24,8 +24,9 @@ Tiles = Sequence[Sequence[Tensor]]  # 4 x 4: row, column
 def pack_tiles(weight: Tensor) -> Tiles:
     """The weight [K, C, 3, 3] as 4 x 4 packed matrices [K, C]."""
     transform = weight.new_tensor(_WEIGHT_TRANSFORM)
-    tiles = torch.einsum("ia,kcab,jb->ijkc", transform, weight, transform)
-    return [[pack_linear_weight(tile) for tile in row] for row in tiles]
+    # A row at a time: all at once, what is on the way would be as large as the tiles.
+    rows = (torch.einsum("a,kcab,jb->jkc", of_row, weight, transform) for of_row in transform)
+    return [[pack_linear_weight(tile) for tile in row] for row in rows]
 
 
 def bytes_of_tiles(weight: Tensor) -> int:

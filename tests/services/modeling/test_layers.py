@@ -2,16 +2,29 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.modeling import layers
-from services.modeling.layers import Conv2d, GatedLinear, GeluLinear, Linear, Upsample, pack_weights, phase_kernels
+from services.modeling.layers import (
+    Conv2d,
+    GatedLinear,
+    GeluLinear,
+    Linear,
+    Upsample,
+    dense_weight,
+    pack_weights,
+    phase_kernels,
+    with_weight,
+)
 from services.modeling.packing import can_pack
+from services.modeling.weights import open_checkpoint
 
 needs_packing = pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this CPU has no packed products")
 
@@ -41,6 +54,10 @@ def packed(layer: LayerT) -> LayerT:
     layer = copy.deepcopy(layer)
     pack_weights(layer)
     return layer
+
+
+def bytes_of(network: nn.Module) -> int:
+    return sum(each.nbytes for each in network.parameters())
 
 
 def input_of(shape: tuple[int, ...]) -> Tensor:
@@ -79,7 +96,7 @@ def test_a_packed_gate_equals_the_gate() -> None:
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_packed_weight_gives_the_original_back(case: str) -> None:
     layer = LAYERS[case][0]()
-    assert torch.equal(packed(layer).weight.to_dense(), layer.weight)
+    assert torch.equal(dense_weight(packed(layer)), layer.weight)
 
 
 @pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
@@ -116,12 +133,52 @@ def test_a_budget_bounds_the_faster_forms_of_weights(spare: int | None, tiled: i
     network = nn.Sequential(*(Conv2d(32, 32, 3, padding=1) for _ in range(2)), Upsample(32)).requires_grad_(False)
     x = input_of((2, 32, 6, 8))
     expected = network(x)
-    weights, form = sum(each.nbytes for each in network.parameters()), 32 * 32 * 16 * 4
+    weights, form = bytes_of(network), 32 * 32 * 16 * 4
     pack_weights(network, None if spare is None else weights + spare * form)
     assert [getattr(layer, "_tiles", None) or getattr(layer, "_phases", None) for layer in network].count(
         None
     ) == 3 - tiled
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_the_narrowest_convolutions_get_their_forms_first() -> None:
+    wide, narrow = (Conv2d(width, width, 3, padding=1).requires_grad_(False) for width in (64, 32))
+    network = nn.Sequential(wide, narrow)
+    pack_weights(network, bytes_of(network) + wide.tile_bytes() - 1)
+    assert (wide._tiles is None, narrow._tiles is None) == (True, False)
+
+
+@needs_packing
+@pytest.mark.parametrize("spare", [7 / 9, 0.75])
+def test_a_weight_that_is_a_mapped_file_takes_nothing_beside_its_form(spare: float, tmp_path: Path) -> None:
+    """spare: what the budget leaves, in weights."""
+    layer = Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    save_file({"weight": layer.weight.detach()}, tmp_path / "a.safetensors")
+    mapped = open_checkpoint(tmp_path / "a.safetensors").tensor("weight")
+    layer.weight = nn.Parameter(mapped, requires_grad=False)
+    pack_weights(layer, bytes_of(layer) + int(spare * mapped.nbytes))
+    assert (layer._tiles is not None) == (spare == 7 / 9)
+
+
+@needs_packing
+@pytest.mark.parametrize(("least", "tiled"), [(0, False), (2**30, True)])
+def test_without_a_budget_only_a_small_network_gets_all_forms(
+    least: int, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_SMALL_NETWORK_BYTES", least)
+    assert (packed(Conv2d(32, 32, 3, padding=1))._tiles is not None) == tiled
+
+
+@needs_packing
+@pytest.mark.parametrize("spare", [0, 2**20])
+def test_another_weight_gets_the_form_that_the_layer_has(spare: int) -> None:
+    layer = Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    pack_weights(layer, bytes_of(layer) + spare)
+    other = with_weight(layer, dense_weight(layer) + 1.0)
+    assert isinstance(other, Conv2d)
+    assert (other._tiles is None) == (layer._tiles is None)
+    assert torch.equal(dense_weight(other), dense_weight(layer) + 1.0)
 
 
 def test_layers_that_cannot_be_packed_are_left_alone() -> None:
