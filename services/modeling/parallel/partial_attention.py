@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
+_FLASH_CHANNELS = 8  # the flash kernel wants a multiple of them
+
 
 @dataclass(frozen=True)
 class PartialAttention:
@@ -45,7 +47,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> PartialAttention:
         return PartialAttention(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v))
     if q.device.type == "cuda":
         asked = SDPAParams(q, k, v, None, 0.0, False, False)
-        if can_use_flash_attention(asked):
+        if can_use_flash_attention(asked) and q.shape[3] % _FLASH_CHANNELS == 0:
             return PartialAttention(*torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2])
         if can_use_efficient_attention(asked):
             output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)

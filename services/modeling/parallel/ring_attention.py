@@ -44,14 +44,14 @@ def _round(kv: Tensor, ring: Axis, counts: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _pass_on(kv: Tensor, coming: Tensor, ring: Axis) -> list[Work]:
-    """Starts to send to the next rank and to receive from the one before; empty tensors need no message."""
+    """Starts to send to the next rank and to receive from the one before."""
     to, source = (ring.rank + 1) % ring.size, (ring.rank - 1) % ring.size
-    operations = [
-        P2POp(distributed.isend, kv, group=ring.group, group_peer=to),
-        P2POp(distributed.irecv, coming, group=ring.group, group_peer=source),
-    ]
-    full = [operation for operation in operations if operation.tensor.numel() > 0]
-    return distributed.batch_isend_irecv(full) if full else []
+    return distributed.batch_isend_irecv(
+        [
+            P2POp(distributed.isend, kv, group=ring.group, group_peer=to),
+            P2POp(distributed.irecv, coming, group=ring.group, group_peer=source),
+        ]
+    )
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from services.modeling.parallel.partial_attention import PartialAttention, parti
 from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.parallel.ulysses_attention import check_heads
 from tests.support.ranks import on_ranks
+from tests.support.traffic import SentBytes
 
 CPU = torch.device("cpu")
 HEADS, HEAD_WIDTH, BATCH = 4, 8, 2
@@ -55,23 +56,43 @@ def _error(mesh: ParallelMesh, lengths: tuple[int, ...], dtype: torch.dtype) -> 
     return float((gathered - expected).abs().max() / expected.abs().max())
 
 
-def _errors(_: ParallelMesh) -> dict[Case, float]:
+def _sent_bytes(mesh: ParallelMesh) -> int:
+    """What this rank sends for the attention of all tokens."""
+    split = TokenSplit(mesh, LENGTHS["even"])
+    own = split.joint_part(torch.cat(_tokens(split.lengths, 0), dim=1), dim=1)
+    sent = SentBytes()
+    with sent:
+        split.attention()(own, own, own, HEADS)
+    return sent.total
+
+
+def _measure(_: ParallelMesh) -> tuple[dict[Case, float], dict[str, int]]:
     meshes = {plan: mesh_of(degrees, CPU) for plan, degrees in PLANS.items()}
-    return {
+    errors = {
         (plan, lengths, dtype): _error(meshes[plan], LENGTHS[lengths], DTYPES[dtype])
         for plan, lengths, dtype in product(PLANS, LENGTHS, DTYPES)
     }
+    return errors, {plan: _sent_bytes(mesh) for plan, mesh in meshes.items()}
 
 
 @cache
-def _of_all_ranks() -> list[dict[Case, float]]:
-    """One group of four processes for all cases."""
-    return on_ranks(ParallelDegrees(ring=4), _errors)
+def _of_all_ranks() -> list[tuple[dict[Case, float], dict[str, int]]]:
+    """One group of four processes for all cases: each rank's errors, and the bytes that it sent."""
+    return on_ranks(ParallelDegrees(ring=4), _measure)
 
 
 @pytest.mark.parametrize("case", list(product(PLANS, LENGTHS, DTYPES)), ids=", ".join)
 def test_attention_of_shared_tokens_equals_torch_s_of_all(case: Case) -> None:
-    assert max(errors[case] for errors in _of_all_ranks()) < TOLERANCES[case[2]]
+    assert max(errors[case] for errors, _ in _of_all_ranks()) < TOLERANCES[case[2]]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_travels_is_what_the_documents_say(plan: str) -> None:
+    """docs/models.md: of one tensor of all tokens, 4 (U - 1) / (U² R) by Ulysses and 2 (R - 1) / (U R) by the ring."""
+    ulysses, ring = PLANS[plan].ulysses, PLANS[plan].ring
+    tensor = 4 * BATCH * sum(LENGTHS["even"]) * HEADS * HEAD_WIDTH
+    expected = tensor * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1)) / (ulysses * ring)
+    assert {sent[plan] for _, sent in _of_all_ranks()} == {expected}
 
 
 def test_one_rank_keeps_the_tensors_that_it_has() -> None:
