@@ -10,7 +10,7 @@ from services.common.stage import run_server
 
 
 def _build(settings: GatewaySettings) -> tuple[Service, Metrics]:
-    surroundings = make_surroundings()
+    surroundings = make_surroundings(settings)
     return build_gateway(settings, surroundings), surroundings.metrics
 
 

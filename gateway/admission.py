@@ -184,7 +184,7 @@ class Admission:
     def _too_large(self, known: Estimate | None) -> OverloadedError:
         self._metrics.admission_refused.labels("credits").inc()
         return OverloadedError(
-            f"the requests in work have {self._input_bytes} bytes of input pictures and {self._max_input_bytes} are "
+            f"the requests in work have {self._input_bytes} bytes of input files and {self._max_input_bytes} are "
             "allowed: retry later",
             retry_after_seconds=self._retry_after(known, 1.0),
             stage="gateway",
@@ -207,7 +207,7 @@ def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
         denoise=steps_work(model, shape, calls, plan.images[0].guidance.scale, exact),
         decode=Work(model, shape),
         images=len(plan.images),
-        encode_image=encode_image_work(model, shape) if plan.inputs.image else None,
+        encode_image=encode_image_work(model, shape) if plan.inputs.size else None,
     )
 
 

@@ -34,7 +34,7 @@ class Admitted:
     def start(self) -> None:
         """Count every part of it as to come."""
         images = len(self.plan.images)
-        self._pending = {"encoder": 1, "denoiser": images, "decoder": images + bool(self.plan.inputs.image)}
+        self._pending = {"encoder": 1, "denoiser": images, "decoder": images + bool(self.plan.inputs.size)}
         for stage in self.stages.all:
             stage.pending.add(self._seconds(stage.stage), self._pending[stage.stage])
 

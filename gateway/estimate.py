@@ -151,7 +151,7 @@ class RequestWork:
         denoise: one of its latents.
         decode: one of its latents.
         images: how many latents there are.
-        encode_image: its input picture; None: it has none.
+        encode_image: its input picture or film; None: it has none.
     """
 
     encode: Work

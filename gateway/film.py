@@ -24,6 +24,11 @@ def latent_frames(frames: int, model: ModelDescription) -> tuple[int, ...]:
     return (1 + (frames - 1) // model.decoder.frames_per_latent,) if frames else ()
 
 
+def whole_frames(frames: int, model: ModelDescription) -> int:
+    """Frames of the longest film that a model makes of at most so many."""
+    return frames - (frames - 1) % model.decoder.frames_per_latent
+
+
 def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
     """What is wrong with the length and the speed of a film that a model is asked for, which makes films."""
     yield from check_range("fps", request.fps, 0, MAX_FPS)
@@ -33,11 +38,11 @@ def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterat
         yield FieldViolation(
             "num_frames", f"is {frames}; must be one more than a multiple of {per_latent}: try {nearest}"
         )
-    elif frames > (most := _most_frames(request, model)):
+    elif frames > (most := most_frames(request, model)):
         yield FieldViolation("num_frames", f"is {frames}; a film of this size may have {most}: shorten it or shrink it")
 
 
-def _most_frames(request: GenerateRequest, model: ModelDescription) -> int:
+def most_frames(request: GenerateRequest, model: ModelDescription) -> int:
     """Frames of the longest film of the request's size."""
     denoiser, factor = model.denoiser, model.decoder.scale_factor
     width = request.width // factor or denoiser.default_latent_width

@@ -14,7 +14,7 @@ from gateway.catalog import Stages
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
 from gateway.image_encoding import EncodedImage, ImageEncoding
-from gateway.inputs import with_size_of_picture
+from gateway.inputs import with_measures_of_inputs
 from gateway.leases import Leases
 from gateway.ledger import Ledger
 from gateway.picture import Picture
@@ -82,7 +82,8 @@ class Generation:
         model = self.stages.find(request.model)
         check_generate(request, model)
         if request.inputs:
-            request = await asyncio.to_thread(with_size_of_picture, request, model)
+            limit = self.settings.max_film_bytes
+            request = await asyncio.to_thread(with_measures_of_inputs, request, model, limit)
         asked = make_plan(request, model)
         seconds = _remaining_seconds(asked.context, remaining_seconds)
         with self.adapters.used(model.name, request.adapters), self.admission.admit(asked, seconds) as admitted:

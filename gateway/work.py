@@ -44,8 +44,9 @@ def encode_work(request: EncodeRequest) -> Work:
 
 
 def encode_image_work(model: str, latent_shape: tuple[int, ...]) -> Work:
-    """A picture to encode to a latent [C, H, W]; decoders measure it by the plane, apart from latents to decode."""
-    return Work(model, latent_shape[1:])
+    """A picture to encode to a latent [C, H, W], or a film to [C, T, H, W]; decoders measure it by the plane, once for
+    each latent frame, apart from latents to decode."""
+    return Work(model, latent_shape[-2:], passes=math.prod(latent_shape[1:-2]))
 
 
 def denoise_work(request: DenoiseRequest, calls_per_step: int = 1) -> Work:

@@ -91,11 +91,12 @@ def build_stack(settings: StackSettings, folder: Path) -> list[Server]:
         **shared,
     )
     gateway = _gateway_settings(settings, sockets)
+    channels = ChannelPool(gateway.max_message_bytes)
     return [
         Server(build_encoder(encoder, Surroundings(metrics, store, ChannelPool())), encoder, metrics),
         Server(build_denoiser(denoiser, Surroundings(metrics, store, ChannelPool())), denoiser, metrics),
         Server(build_decoder(decoder, Surroundings(metrics, store, ChannelPool())), decoder, metrics),
-        Server(build_gateway(gateway, Surroundings(metrics, store, ChannelPool())), gateway, metrics),
+        Server(build_gateway(gateway, Surroundings(metrics, store, channels)), gateway, metrics),
     ]
 
 

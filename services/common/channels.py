@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message of any call; tensors and files travel in chunks, so nothing comes near it."""
+"""Largest message of any call but of those that bring a film; tensors and results travel in chunks."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A silent peer (its node is gone) is noticed within seconds, not at TCP's time-out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -27,6 +27,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 _BULK_OPTIONS = (
     *CHANNEL_OPTIONS,
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Chunks arrive in few large pieces: each piece costs a wake-up, and on a busy machine that is most of the time.
     ("grpc.http2.max_frame_size", 1024 * 1024),
     ("grpc.http2.lookahead_bytes", 8 * 1024 * 1024),
@@ -35,9 +36,10 @@ _BULK_OPTIONS = (
 )
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
+def open_channel(target: str, max_send_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
     """A channel to another service, with this project's limits and keepalive."""
-    return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, ("grpc.max_send_message_length", max_send_bytes))
+    return grpc.aio.insecure_channel(target, options=options)
 
 
 def open_bulk_channel(target: str) -> grpc.aio.Channel:
@@ -54,15 +56,19 @@ class ChannelPool:
     """Channels by target, opened at first use; of targets that were long not used, they are let go.
 
     Tensors have connections of their own: what shares a connection with 64 MiB waits for its turn among them.
+
+    Args:
+        max_send_bytes: largest message that is sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_send_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._open_channel = partial(open_channel, max_send_bytes=max_send_bytes)
         self._control: _Channels = OrderedDict()
         self._bulk: _Channels = OrderedDict()
 
     def get(self, target: str) -> grpc.aio.Channel:
         """The channel to a target for calls, whose messages are small."""
-        return _get_or_open(self._control, target, open_channel)
+        return _get_or_open(self._control, target, self._open_channel)
 
     def bulk(self, target: str) -> grpc.aio.Channel:
         """The channel to a target for the bytes of tensors."""

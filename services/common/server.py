@@ -20,7 +20,6 @@ from services.common.settings import ServerSettings
 _log = logging.getLogger("safelight.server")
 
 _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the same port fails instead of sharing it
     ("grpc.keepalive_permit_without_calls", 1),
@@ -79,7 +78,8 @@ class Server:
             BindError: an address can't be listened on.
         """
         self._calls = CallInterceptor(self.metrics)
-        self._grpc = grpc.aio.server(interceptors=[self._calls], options=_SERVER_OPTIONS)
+        limit = ("grpc.max_receive_message_length", self.settings.max_message_bytes)
+        self._grpc = grpc.aio.server(interceptors=[self._calls], options=(*_SERVER_OPTIONS, limit))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         for mount in self.service.mounts.values():

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 import yaml
 
 from safelight.byte_sizes import parse_byte_size
+from services.common.channels import MAX_MESSAGE_BYTES
 
 
 class SettingsError(Exception):
@@ -42,6 +43,11 @@ class ServerSettings:
     log_level: str = setting("info", "Least severe log lines written: debug, info, warning or error.")
     drain_seconds: float = setting(30.0, "Time after SIGTERM for calls to end and for leased tensors to be fetched.")
     reflection: bool = setting(True, "Serve gRPC reflection, for grpcurl and the like.")
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message that the server takes."""
+        return MAX_MESSAGE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

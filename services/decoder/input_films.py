@@ -5,7 +5,6 @@ A film is read while it is encoded, and no faster, so its frames are never in me
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Protocol
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image
@@ -22,11 +20,9 @@ from torch import Tensor
 
 from safelight.errors import InternalError, InvalidRequestError
 from services.common.picture_files import PictureLimits
+from services.common.uploaded_films import FILE_NAME, fault_of, reading_command
 from services.decoder.images import from_pixels, read_picture
 from services.decoder.input_pictures import named
-
-_THREADS = "4"
-_WHO_SPEAKS = re.compile(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+")  # before each of ffmpeg's sentences
 
 
 class InputFilm(Protocol):
@@ -99,26 +95,6 @@ def read_keyframes(
     return pictures
 
 
-# The demuxer is named, and only files are read: a playlist would have ffmpeg open what it names.
-_DEMUXERS: Mapping[tuple[int, bytes], str] = {
-    (4, b"ftyp"): "mov",
-    (0, b"\x1a\x45\xdf\xa3"): "matroska",
-    (0, b"GIF8"): "gif",
-}
-
-
-def demuxer_of(data: bytes) -> str:
-    """ffmpeg's name of the format of a film's file, told by its first bytes.
-
-    Raises:
-        InvalidRequestError: it is none of those that are read.
-    """
-    for (start, signature), demuxer in _DEMUXERS.items():
-        if data[start : start + len(signature)] == signature:
-            return demuxer
-    raise InvalidRequestError.of("film", "must be an MP4, WebM or GIF file; a picture goes among the images")
-
-
 class FilmFile:
     """A film's file, read by ffmpeg.
 
@@ -130,7 +106,8 @@ class FilmFile:
     """
 
     def __init__(self, data: bytes, size: tuple[int, int], num_frames: int, max_frame_pixels: int) -> None:
-        self._demuxer = demuxer_of(data)
+        with named("film"):
+            self._reading = reading_command(data, max_frame_pixels)
         self._data, self._size = data, size
         self._num_frames, self._max_frame_pixels = num_frames, max_frame_pixels
         self._folder: Path | None = None
@@ -162,13 +139,10 @@ class FilmFile:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._folder = Path(tempfile.mkdtemp(prefix="safelight-film-"))
-        (self._folder / "film").write_bytes(self._data)
-        given = ["-protocol_whitelist", "file", "-max_pixels", str(self._max_frame_pixels), "-threads", _THREADS]
-        # Every frame as it is stored, none twice; -xerror: what is damaged is an error, not a guess.
-        taken = ["-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(self._num_frames)]
-        written = ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "error", "-xerror"]
-        command += ["-f", self._demuxer, *given, "-i", "film", *taken, *written]
+        (self._folder / FILE_NAME).write_bytes(self._data)
+        # Every frame as it is stored, none twice, however long each is shown.
+        taken = ["-fps_mode", "passthrough", "-frames:v", str(self._num_frames)]
+        command = [*self._reading, *taken, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
         with (self._folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=self._folder)
         self._process = process
@@ -183,18 +157,9 @@ class FilmFile:
         words = (self._folder / "log").read_text(errors="replace").strip()
         if signal > 0:
             return InternalError(f"ffmpeg was ended by signal {signal} while it read the film")
-        if "matches no streams" in words:
-            return InvalidRequestError.of("film", "has no frames in it; give a file with a video stream")
-        if "exceeds specified max pixel count" in words:
-            return InvalidRequestError.of(
-                "film", f"has frames of more than {self._max_frame_pixels} pixels: scale it down"
-            )
         if words:
-            reason = _WHO_SPEAKS.sub("", words.splitlines()[0])
-            return InvalidRequestError.of(
-                "film",
-                f"is cut short or damaged after {number} of {self._num_frames} frames: encode it anew ({reason})",
-            )
+            where = f" after {number} of {self._num_frames} frames"
+            return InvalidRequestError.of("film", fault_of(words, self._max_frame_pixels, where))
         return InvalidRequestError.of(
             "num_frames",
             f"is {self._num_frames} and the film has {number} frames: ask for fewer, or give a longer film",

@@ -14,6 +14,7 @@ from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import DecoderDescription
 from services.common.picture_files import PictureError, PictureLimits
 from services.common.picture_pixels import read_mask, read_pixels
+from services.common.uploaded_films import FilmError
 from services.decoder.images import read_picture
 from services.decoder.masks import composite, latent_mask
 from services.decoder.validation import check_picture_size
@@ -52,8 +53,8 @@ def paste_original(pixels: NDArray[np.uint8], request: pb.DecodeRequest, limits:
 
 @contextmanager
 def named(field: str) -> Iterator[None]:
-    """Errors of a picture that is read meanwhile name the request's field that brought it."""
+    """Errors of a picture or film that is read meanwhile name the request's field that brought it."""
     try:
         yield
-    except PictureError as error:
+    except (PictureError, FilmError) as error:
         raise InvalidRequestError.of(field, str(error)) from error

@@ -1,4 +1,4 @@
-"""What a request starts from beside noise: a picture's latent, and a mask of what is repainted."""
+"""What a request starts from beside noise: a picture's latent, and a mask of what is repainted; or a film's latent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INPUTS = (MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK)
 
 
 def initial_refs(request: DenoiseRequest) -> list[TensorRef]:
-    """The tensors of its picture that a request needs: none, if it goes on from a checkpoint and nothing stays."""
+    """The tensors of its picture or film that a request needs: none, if there is a checkpoint and nothing stays."""
     if request.HasField("mask"):
         return [request.initial_latents, request.mask]
     starts = request.HasField("initial_latents") and not request.HasField("resume_from")
@@ -25,7 +25,7 @@ def initial_refs(request: DenoiseRequest) -> list[TensorRef]:
 
 
 async def read_initial_latents(reader: TensorReader, request: DenoiseRequest) -> Tensor | None:
-    """The picture's latent [1, C, H, W], on the CPU; None: the request does not need it.
+    """The picture's latent [1, C, H, W], or the film's [1, C, T, H, W], on the CPU; None: the request does not need it.
 
     Raises:
         NonFiniteError: it is not finite.

@@ -9,7 +9,7 @@ from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedErr
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import DenoiserDescription
 from safelight.v1.tensor_pb2 import DATA_TYPE_FLOAT32, DATA_TYPE_UINT8, TensorRef
-from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MEDIA_ROLE_MASK, MEDIA_ROLE_VIDEO
 from services.common.fingerprints import (
     check_conditioning_fingerprints,
     check_own_fingerprint,
@@ -47,7 +47,7 @@ def check_denoise(request: pb.DenoiseRequest, model: DenoiserDescription) -> Non
         refuse_unserved(request, ["size_conditioning"], request.model)
     if not model.max_keyframes:
         refuse_unserved(request, ["keyframe_latents", "keyframe_indices"], request.model)
-    if model.max_keyframes or MEDIA_ROLE_IMAGE not in model.inputs:
+    if model.max_keyframes or not {MEDIA_ROLE_IMAGE, MEDIA_ROLE_VIDEO} & {*model.inputs}:
         refuse_unserved(request, ["initial_latents"], request.model)
     if MEDIA_ROLE_MASK not in model.inputs:
         refuse_unserved(request, ["mask"], request.model)
@@ -109,7 +109,7 @@ def _initial_violations(request: pb.DenoiseRequest) -> Iterator[FieldViolation]:
     if not request.HasField("initial_latents"):
         for field in ("strength", "mask"):
             if request.HasField(field):
-                yield FieldViolation(field, "needs initial_latents; have the decoder encode a picture, or leave it out")
+                yield FieldViolation(field, "needs initial_latents; have the decoder encode them, or leave it out")
         return
     yield from check_range("strength", request.strength, 0, 1)
     yield from _float_violations("initial_latents", request.initial_latents, [1, *request.latent_shape])

@@ -83,7 +83,7 @@ async def deploy() -> AsyncIterator[Deploy]:
                 decoders=tuple(server.address for server in third),
                 **{"drain_seconds": 0.0, "health_interval_seconds": 0.05, **settings},
             )
-            surroundings = make_surroundings()
+            surroundings = make_surroundings(chosen)
             gateway = Server(build_gateway(chosen, surroundings), chosen, surroundings.metrics)
             await gateway.start()
             stack.push_async_callback(gateway.stop)

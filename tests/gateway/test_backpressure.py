@@ -118,7 +118,7 @@ async def start(serve: Serve, stages: Stages, **settings: Any) -> str:
         if stage == "denoiser":
             stages.store.advertise(running.server.address)
     gateway = GatewaySettings(**addresses, **settings)
-    return (await serve(build_gateway(gateway, make_surroundings()), gateway)).server.address
+    return (await serve(build_gateway(gateway, make_surroundings(gateway)), gateway)).server.address
 
 
 async def test_latents_do_not_pile_up_in_front_of_a_slow_decoder_and_no_request_is_lost(serve: Serve) -> None:

@@ -133,7 +133,7 @@ async def test_input_pictures_are_bounded_in_all(deploy: Deploy) -> None:
     await first
     assert isinstance(error, OverloadedError)
     assert error.retry_after_seconds is not None
-    assert "bytes of input pictures" in error.message
+    assert "bytes of input files" in error.message
     assert await deployment.events(REQUEST)
 
 

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from gateway.admission import request_work
-from gateway.inputs import MAX_FILE_BYTES, with_size_of_picture
+from gateway.inputs import MAX_FILE_BYTES, with_measures_of_inputs
 from gateway.plan import GenerationPlan, make_plan
 from gateway.validation import check_generate
 from safelight.errors import InvalidRequestError, UnsupportedError
 from safelight.v1 import work_pb2 as work
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
+from services.common.uploaded_films import MAX_FILM_BYTES
 from tests.gateway.test_validation import MODEL as PLAIN
 
 MODEL = ModelDescription()
@@ -41,7 +42,7 @@ PHOTO = image(png(512, 512))
 def plan_of(**fields: Any) -> GenerationPlan:
     request = GenerateRequest(prompt="a cat", **fields)
     check_generate(request, MODEL)
-    return make_plan(with_size_of_picture(request, MODEL), MODEL)
+    return make_plan(with_measures_of_inputs(request, MODEL, MAX_FILM_BYTES), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def plan_of(**fields: Any) -> GenerationPlan:
         (GenerateRequest(inputs=[image(bytes(MAX_FILE_BYTES + 1))]), "inputs[0].data", "resize the picture"),
         (GenerateRequest(inputs=[PHOTO], strength=1.7), "strength", "from 0 to 1"),
         (GenerateRequest(inputs=[PHOTO], strength=-0.1), "strength", "from 0 to 1"),
-        (GenerateRequest(strength=0.5), "strength", "needs an image"),
+        (GenerateRequest(strength=0.5), "strength", "needs an image or a film"),
     ],
 )
 def test_a_wrong_input_is_named_with_its_remedy(request_: GenerateRequest, field: str, remedy: str) -> None:
@@ -101,7 +102,7 @@ def test_the_size_is_a_multiple_of_what_the_model_takes() -> None:
     model = ModelDescription()
     model.CopyFrom(MODEL)
     model.denoiser.latent_multiple = 2
-    sized = with_size_of_picture(GenerateRequest(inputs=[image(png(525, 500))]), model)
+    sized = with_measures_of_inputs(GenerateRequest(inputs=[image(png(525, 500))]), model, MAX_FILM_BYTES)
     assert (sized.width, sized.height) == (528, 496)
 
 
@@ -111,19 +112,19 @@ def test_the_size_is_a_multiple_of_what_the_model_takes() -> None:
         ([image(b"no picture")], r"inputs\[0\].data: \(MEDIA_ROLE_IMAGE\) a picture file must be PNG, JPEG or WebP"),
         ([PHOTO, work.MediaInput(role=work.MEDIA_ROLE_MASK, data=b"?")], r"inputs\[1\].data: \(MEDIA_ROLE_MASK\)"),
         ([image(png(9000, 9000, "1"))], "the picture has 9000x9000 pixels and may have 67108864: make it smaller"),
-        ([image(png(40, 300))], "width: the image has 40x300 pixels, which makes 40x304; give a width and a height"),
-        ([image(png(4096, 4096))], "width: the image has 4096x4096 pixels, .* at most 1048576 pixels in all"),
+        ([image(png(40, 300))], "width: the input has 40x300 pixels, which makes 40x304; give a width and a height"),
+        ([image(png(4096, 4096))], "width: the input has 4096x4096 pixels, .* at most 1048576 pixels in all"),
     ],
 )
 def test_what_is_no_picture_or_has_no_size_to_draw_is_refused(inputs: list[work.MediaInput], sentence: str) -> None:
     with pytest.raises(InvalidRequestError, match=sentence):
-        with_size_of_picture(GenerateRequest(inputs=inputs), MODEL)
+        with_measures_of_inputs(GenerateRequest(inputs=inputs), MODEL, MAX_FILM_BYTES)
 
 
 def test_a_proportion_beyond_all_sizes_is_refused() -> None:
     request = GenerateRequest(inputs=[image(png(1, 60_000))], width=2**31 - 8)
     with pytest.raises(InvalidRequestError, match=r"1x60000 pixels, which makes 2147483640x\d+; give a width"):
-        with_size_of_picture(request, MODEL)
+        with_measures_of_inputs(request, MODEL, MAX_FILM_BYTES)
 
 
 @pytest.mark.parametrize(

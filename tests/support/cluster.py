@@ -113,13 +113,13 @@ async def _start(settings: Stage, build: Callable[[Stage, Surroundings], Service
 
 
 async def _start_gateway(cluster: Cluster, settings: dict[str, Any]) -> Server:
-    surroundings = make_gateway_surroundings()
     gateway = GatewaySettings(
         encoders=_addresses(cluster.encoders),
         denoisers=_addresses(cluster.denoisers),
         decoders=_addresses(cluster.decoders),
         **{"drain_seconds": 0.0, "health_interval_seconds": 0.1, **settings},
     )
+    surroundings = make_gateway_surroundings(gateway)
     server = Server(build_gateway(gateway, surroundings), gateway, surroundings.metrics)
     await server.start()
     return server

@@ -16,6 +16,7 @@ InputPicture = Image.Image | bytes | str | os.PathLike[str]
 MAX_FILE_BYTES = 3 * 1024 * 1024
 """Largest file that is sent."""
 
+_WANTED = "a PIL picture, a picture file's bytes, or its path"
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -29,7 +30,7 @@ def picture_file(field: str, picture: InputPicture) -> bytes:
     Raises:
         InvalidRequestError: it is no picture, can't be read, or its file is too large.
     """
-    data = _png(field, picture) if isinstance(picture, Image.Image) else _file(field, picture)
+    data = _png(field, picture) if isinstance(picture, Image.Image) else input_file(field, picture, _WANTED)
     if len(data) > MAX_FILE_BYTES:
         what = f"{picture.width}x{picture.height} pixels, as PNG" if isinstance(picture, Image.Image) else "a file of"
         raise InvalidRequestError.of(
@@ -39,6 +40,22 @@ def picture_file(field: str, picture: InputPicture) -> bytes:
     return data
 
 
+def input_file(field: str, picture: bytes | str | os.PathLike[str], wanted: str) -> bytes:
+    """The bytes of a file that the user named, or gave; wanted: what to give, for the error.
+
+    Raises:
+        InvalidRequestError: it is neither, or can't be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if not isinstance(picture, (str, os.PathLike)):
+        raise InvalidRequestError.of(field, f"is a {type(picture).__name__}; give {wanted}")
+    try:
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError.of(field, f"{picture} can't be read: {error.strerror}") from error
+
+
 def _png(field: str, picture: Image.Image) -> bytes:
     file = io.BytesIO()
     try:
@@ -46,16 +63,3 @@ def _png(field: str, picture: Image.Image) -> bytes:
     except (OSError, ValueError) as error:
         raise InvalidRequestError.of(field, f"can't be read: {error}") from error
     return file.getvalue()
-
-
-def _file(field: str, picture: bytes | str | os.PathLike[str]) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if not isinstance(picture, (str, os.PathLike)):
-        raise InvalidRequestError.of(
-            field, f"is a {type(picture).__name__}; give a PIL picture, a picture file's bytes, or its path"
-        )
-    try:
-        return Path(picture).read_bytes()
-    except OSError as error:
-        raise InvalidRequestError.of(field, f"{picture} can't be read: {error.strerror}") from error

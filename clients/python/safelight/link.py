@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from safelight.errors import DeadlineExceededError, SafelightError, StageUnavailableError, from_rpc_error
+from safelight.input_films import MAX_FILM_BYTES
 from safelight.v1 import adapter_service_pb2_grpc, generation_service_pb2_grpc, model_service_pb2_grpc
 
 # Trailer of every error that Safelight itself raises.
@@ -14,7 +15,7 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
-    ("grpc.max_send_message_length", 8 * 1024 * 1024),
+    ("grpc.max_send_message_length", MAX_FILM_BYTES + 8 * 1024 * 1024),
     # A connection that has died silently is told from a long step within 20 seconds. Keepalive's own timeout is not
     # enough: grpcio 1.85 gives a ping that is already under way a minute by default.
     ("grpc.keepalive_time_ms", 10_000),

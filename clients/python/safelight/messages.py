@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from safelight.errors import InvalidRequestError
+from safelight.input_films import film_file
 from safelight.input_pictures import picture_file
 from safelight.options import GenerationOptions
 from safelight.types import Adapter, AdapterReport, Model
@@ -35,6 +36,7 @@ DETERMINISM = {
 INPUT_ROLES = {
     "image": work_pb2.MEDIA_ROLE_IMAGE,
     "mask": work_pb2.MEDIA_ROLE_MASK,
+    "video": work_pb2.MEDIA_ROLE_VIDEO,
 }
 
 _LONGEST_TIMEOUT_SECONDS = 366 * 86_400.0
@@ -133,11 +135,10 @@ def _size(field: str, size: tuple[int, int] | None) -> tuple[int, int]:
 
 def _inputs(options: GenerationOptions) -> list[work_pb2.MediaInput]:
     pictures = {"image": options.image, "mask": options.mask}
-    return [
-        work_pb2.MediaInput(role=INPUT_ROLES[field], data=picture_file(field, picture))
-        for field, picture in pictures.items()
-        if picture is not None
-    ]
+    files = {field: picture_file(field, picture) for field, picture in pictures.items() if picture is not None}
+    if options.video is not None:
+        files["video"] = film_file("video", options.video, options.fps)
+    return [work_pb2.MediaInput(role=INPUT_ROLES[field], data=data) for field, data in files.items()]
 
 
 def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from safelight.input_films import InputFilm
 from safelight.input_pictures import InputPicture
 
 
@@ -16,12 +17,15 @@ class GenerationOptions:
         prompt: what the picture shall show.
         negative_prompt: what it shall not show.
         model: name of the model; None if the gateway serves just one.
-        width: pixels; a multiple of the model's scale factor (8). None: the image's, or the model's own.
+        width: pixels; a multiple of the model's scale factor (8). None: the image's or video's, or the model's own.
         height: pixels.
         image: the picture to start from: a PIL picture, a PNG, JPEG or WebP file's bytes, or its path. It is scaled to
             width and height; without them it says them, rounded to what the model takes.
         mask: a picture of any size that says where to repaint the image: white is repainted, black is kept.
-        strength: how much of the image is replaced, 0 to 1. None: 0.8, or 1 with a mask.
+        video: the film to start from: frames (PIL pictures of one size), an MP4, WebM or GIF file's bytes, or its path.
+            Its frames are scaled to width and height, and the first num_frames are taken; what of these and of fps is
+            not said, it says, rounded to what the model takes. Only for models that make films.
+        strength: how much of the image or video is replaced, 0 to 1. None: 0.8, or 1 with a mask.
         steps: denoising steps.
         min_steps: the fewest steps to accept when the gateway is too busy for `steps`; None: rather a refusal.
         sampler: one of the model's (`Client.models`): "euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m",
@@ -63,6 +67,7 @@ class GenerationOptions:
     height: int | None = None
     image: InputPicture | None = None
     mask: InputPicture | None = None
+    video: InputFilm | None = None
     strength: float | None = None
     steps: int | None = None
     min_steps: int | None = None

@@ -192,7 +192,7 @@ class Model:
         samplers: the first is the default.
         schedules: the first is the default.
         max_tokens: of a prompt; the rest is cut and reported.
-        inputs: what it takes to start from beside noise: "image", "mask".
+        inputs: what it takes to start from beside noise: "image", "mask", "video".
         adapters: names of the LoRAs that are loaded.
         fingerprints: of the weights, by stage.
     """

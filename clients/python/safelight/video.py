@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,11 @@ _CODECS = {
     ".mp4": ("-c:v", "libx264", "-crf", "18", "-movflags", "+faststart"),
     ".webm": ("-c:v", "libvpx-vp9", "-crf", "24", "-b:v", "0"),
 }
-_SIZE = re.compile(r"Video: .*?, (\d+)x(\d+)")
+# Every prediction is exact, in RGB; and the same frames make the same file.
+_LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "veryfast", "-threads", "4", "-fflags", "+bitexact")
+
+
+_LONGEST_HEADER = 64  # bytes
 
 
 class VideoReader(Sequence[Image.Image]):
@@ -45,10 +48,7 @@ def save_video(frames: Sequence[Image.Image], save_path: PathLike, fps: float = 
     path = Path(save_path)
     if path.suffix not in _CODECS:
         raise InvalidRequestError.of("save_path", f"{path} ends in {path.suffix!r}; choose from {', '.join(_CODECS)}")
-    if not frames or len({frame.size for frame in frames}) > 1:
-        raise InvalidRequestError.of("frames", "must be at least one, all of one size")
-    width, height = frames[0].size
-    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
+    given = _given("frames", frames, fps)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         _ffmpeg(
@@ -60,6 +60,30 @@ def save_video(frames: Sequence[Image.Image], save_path: PathLike, fps: float = 
         part.unlink(missing_ok=True)
 
 
+def lossless_film(field: str, frames: Sequence[Image.Image], fps: float) -> bytes:
+    """The file of a film that has the frames, as RGB, to the bit; `field` names them in errors.
+
+    Raises:
+        InvalidRequestError: they are no pictures, none at all, or of several sizes.
+        UnsupportedError: there is no ffmpeg.
+    """
+    given = _given(field, frames, fps)
+    film, _ = _ffmpeg(
+        ["-loglevel", "error", *given, *_LOSSLESS, "-f", "matroska", "-"], (_rgb(frame) for frame in frames)
+    )
+    return film
+
+
+def _given(field: str, frames: Sequence[Image.Image], fps: float) -> list[str]:
+    """ffmpeg's arguments for frames that it is given one after the other."""
+    if not all(isinstance(frame, Image.Image) for frame in frames):
+        raise InvalidRequestError.of(field, "must be PIL pictures")
+    if not frames or len({frame.size for frame in frames}) > 1:
+        raise InvalidRequestError.of(field, "must be at least one, all of one size")
+    width, height = frames[0].size
+    return ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
+
+
 def load_video(path: PathLike) -> VideoReader:
     """All frames of a film.
 
@@ -69,17 +93,21 @@ def load_video(path: PathLike) -> VideoReader:
     """
     if not Path(path).is_file():
         raise InvalidRequestError.of("path", f"{path} does not exist: correct the path")
-    data, words = _ffmpeg(["-i", str(path), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
-    found = _SIZE.search(words)
-    if found is None:
-        raise InvalidRequestError.of("path", f"{path} is no film")
-    return VideoReader(_frames(data, (int(found[1]), int(found[2]))))
+    written = ["-fps_mode", "passthrough", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
+    data, _ = _ffmpeg(["-i", str(path), "-map", "0:V:0", *written])
+    return VideoReader(_frames(data))
 
 
-def _frames(data: bytes, size: tuple[int, int]) -> Iterator[Image.Image]:
-    length = 3 * size[0] * size[1]
-    for start in range(0, len(data), length):
-        yield Image.frombytes("RGB", size, data[start : start + length])
+def _frames(data: bytes) -> Iterator[Image.Image]:
+    """The pictures of binary PPMs, one after the other: lines "P6", size and largest level, then levels."""
+    start = 0
+    while start < len(data):
+        _, size, _, _ = data[start : start + _LONGEST_HEADER].split(b"\n", 3)
+        width, height = map(int, size.split())
+        start += len(b"P6\n") + len(size) + len(b"\n255\n")
+        end = start + 3 * width * height
+        yield Image.frombytes("RGB", (width, height), data[start:end])
+        start = end
 
 
 def _rgb(frame: Image.Image) -> bytes:

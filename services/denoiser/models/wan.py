@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safelight.errors import CheckpointError, InvalidRequestError
 from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
-from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MEDIA_ROLE_VIDEO
 from services.common.manifest import Defaults, ModelEntry
 from services.denoiser.conditioning import PromptConditioning, checked_tensor
 from services.denoiser.models.scheduler_config import FLOW_SAMPLERS, scheduler_config
@@ -103,7 +103,7 @@ class WanDenoiser:
             latent_multiple=PATCH[1],
             dtype=DATA_TYPES[self.dtype],
             adapters=True,
-            inputs=[MEDIA_ROLE_IMAGE] if self._kind.max_keyframes else [],
+            inputs=[MEDIA_ROLE_IMAGE if self._kind.max_keyframes else MEDIA_ROLE_VIDEO],
             min_keyframes=self._kind.min_keyframes,
             max_keyframes=self._kind.max_keyframes,
         )

@@ -27,15 +27,21 @@ def generate(
         Path, typer.Option("--output", "-o", help="File to write; its suffix is the format. Several get -0, -1 ….")
     ] = Path("image.png"),
     negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the image's, or the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the image's or video's, or the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture file to start from; scaled to width and height.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Picture file: white is repainted, black is kept.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Film file to start from; scaled to width and height.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of the image is replaced, 0 to 1; default: 0.8, with a mask 1.")
+        float | None,
+        typer.Option(help="How much of the image or video is replaced, 0 to 1; default: 0.8, with a mask 1."),
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Of a film, 4 n + 1; default: the model's.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of a film; default: the model's.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Of a film, 4 n + 1; default: the input film's, or the model's.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Per second of a film; default: the input film's, or the model's.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     min_steps: Annotated[int | None, typer.Option(help="Fewest to accept from a busy gateway; default: all.")] = None,
     sampler: Annotated[str | None, typer.Option(help="See `safelight models`.")] = None,
@@ -87,6 +93,7 @@ def generate(
         height=height,
         image=image,
         mask=mask,
+        video=video,
         strength=strength,
         num_frames=frames,
         fps=fps,

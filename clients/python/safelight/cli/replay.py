@@ -13,6 +13,7 @@ from safelight.cli.drawing import connect, draw
 from safelight.cli.output_files import format_of, output_paths, write_files
 from safelight.connection import Connection, endpoint_or_none
 from safelight.errors import FingerprintMismatchError, InvalidRequestError, UnknownModelError
+from safelight.input_films import film_file
 from safelight.input_pictures import picture_file
 from safelight.model_files import entry_of
 from safelight.receipt import Receipt
@@ -26,6 +27,7 @@ def replay(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: none.")] = None,
     image: Annotated[Path | None, typer.Option(help="The file that the picture started from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask's file.")] = None,
+    video: Annotated[Path | None, typer.Option(help="The file that the film started from.")] = None,
     model: Annotated[str | None, typer.Option(help="Weights, where there is no endpoint; default: `demo`.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Gateway; default: SAFELIGHT_ENDPOINT, or our own.")] = None,
     device: Annotated[str, typer.Option(help="Of the embedded stack: auto, cpu, cuda, cuda:1 ….")] = "auto",
@@ -37,7 +39,12 @@ def replay(
     """
     known = _read(receipt)
     paths = _paths(output, known)
-    options = replace(known.options(), image=_input_file(known, "image", image), mask=_input_file(known, "mask", mask))
+    options = replace(
+        known.options(),
+        image=_input_file(known, "image", image),
+        mask=_input_file(known, "mask", mask),
+        video=_input_file(known, "video", video),
+    )
     target = endpoint_or_none(endpoint)
     with connect(target, None if target else _entry(known, model), device) as connection:
         _check_weights(known, connection)
@@ -65,7 +72,7 @@ def _paths(output: Path | None, known: Receipt) -> list[Path]:
 
 
 def _input_file(known: Receipt, name: str, path: Path | None) -> bytes | None:
-    """The file that the picture started from, by its name in the receipt; None: it started from none.
+    """The file that the picture or film started from, by its name in the receipt; None: it started from none.
 
     Raises:
         InvalidRequestError: it is missing, is another one, or is not needed.
@@ -77,7 +84,7 @@ def _input_file(known: Receipt, name: str, path: Path | None) -> bytes | None:
         return None
     if wanted is None:
         raise InvalidRequestError.of(option, "the picture started from none; leave it out")
-    file = picture_file(option, path)
+    file = (film_file if name == "video" else picture_file)(option, path)
     if (found := hashlib.sha256(file).hexdigest()) != wanted:
         raise InvalidRequestError.of(
             option, f"{path} has SHA-256 {found}; give the file that the picture started from, {wanted}"

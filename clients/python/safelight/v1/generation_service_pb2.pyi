@@ -54,16 +54,18 @@ class GenerateRequest(_message.Message):
     negative_prompt: _builtins.str
     """What it shall not show."""
     width: _builtins.int
-    """Width in pixels; 0: the input picture's, rounded to what the model takes (with a height: in its proportion; of a film:
+    """Width in pixels; 0: the input picture's or film's, rounded to what the model takes (with a height: in its proportion; of a film:
     the model's default area in the proportions of the first picture), or without one the model's default. Input pictures
     are scaled to this size.
     """
     height: _builtins.int
     """Height in pixels; 0: as for the width."""
     num_frames: _builtins.int
-    """Frames of a film; 0: a picture."""
+    """Frames of a film; 0: the input film's, rounded down to what the model makes, or without one the model's default. Of a
+    longer input film the first ones are taken.
+    """
     fps: _builtins.float
-    """Frames per second of a film; 0: the model's default."""
+    """Frames per second of a film; 0: the input film's, or without one the model's default."""
     clip_skip: _builtins.int
     """CLIP layer to take, counted from the end: 1 is the last. 0: the model's default."""
     num_images: _builtins.int

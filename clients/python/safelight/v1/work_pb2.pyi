@@ -399,7 +399,9 @@ class MediaInput(_message.Message):
     role: Global___MediaRole.ValueType
     """What it is for."""
     data: _builtins.bytes
-    """The whole file, at most 3 MiB; a picture or a mask as PNG, JPEG or WebP."""
+    """The whole file: a picture or a mask as PNG, JPEG or WebP, at most 3 MiB; a film as MP4, WebM or GIF, at most 64 MiB
+    unless the gateway is set otherwise.
+    """
     def __init__(
         self,
         *,
@@ -641,7 +643,7 @@ class GenerationParameters(_message.Message):
     seed: _builtins.int
     """Seed of the noise."""
     strength: _builtins.float
-    """How much of the input picture was replaced, 0 to 1; unset without one."""
+    """How much of the input picture or film was replaced, 0 to 1; unset without one."""
     num_frames: _builtins.int
     """Frames of a film; 0: a picture."""
     fps: _builtins.float
