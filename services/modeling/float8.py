@@ -70,6 +70,13 @@ def store_as_float8(network: nn.Module, dtype: torch.dtype, exempt: Iterable[nn.
     network.requires_grad_(False)
 
 
+def stored_parameters(layer: nn.Module, name: str) -> list[nn.Parameter]:
+    """What is stored of a layer's parameter: itself, or the numbers in eight bits and their scales."""
+    if parametrize.is_parametrized(layer, name):
+        return list(layer.get_submodule(f"parametrizations.{name}").parameters())
+    return [layer.get_parameter(name)]
+
+
 def is_stored_as_float8(layer: nn.Module) -> bool:
     """Whether the layer's weight is brought back for each use."""
     return parametrize.is_parametrized(layer, "weight")

@@ -11,10 +11,12 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from safelight.errors import CheckpointError
 from services.common.manifest import CPU_OFFLOAD, FLOAT8, SEQUENTIAL, Part
 from services.modeling.components import resolve_dtype
 from services.modeling.float8 import store_as_float8
 from services.modeling.layers import pack_weights
+from services.modeling.parallel.fsdp import gathered_weights
 from services.modeling.parallel.shards import WHOLE, Shares
 from services.modeling.residency import RESIDENT, Residency
 from services.modeling.weight_streaming import OffloadedWeights, WeightAccount, WeightBlock
@@ -121,12 +123,16 @@ def place(
         shares: what this rank has of it.
 
     Raises:
+        CheckpointError: the weights shall be offloaded, and are shared by blocks (FSDP).
         ValueError: a parameter is in no block.
     """
     _check_complete(network, blocks)
     if placement.float8:
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
+    if shares.gathered.size > 1:
+        _check_no_offload(placement)
+        return Placed(network, placement, gathered_weights(network, shares, blocks, placement.device), shares)
     if placement.offloads:
         streamed = OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
         return Placed(network, placement, streamed, shares)
@@ -146,6 +152,14 @@ def _check_complete(network: nn.Module, blocks: Sequence[WeightBlock]) -> None:
     covered = {parameter for block in blocks for module in block.modules for parameter in module.parameters()}
     if left := [name for name, parameter in network.named_parameters() if parameter not in covered]:
         raise ValueError(f"{type(network).__name__}: {left[0]} and {len(left) - 1} more are in no block")
+
+
+def _check_no_offload(placement: Placement) -> None:
+    if placement.offloads:
+        raise CheckpointError(
+            "weights that ranks share by blocks ('fsdp') can't be offloaded too: leave out 'offload' and "
+            "'memory_budget', or take more ranks"
+        )
 
 
 def _move_buffers(network: nn.Module, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 A network is a list of blocks in the order in which they compute. The plan (residency.py) says which of them stay. The
 others have their home in host memory; while one computes, the next one is copied beside it (weight_transfer.py) into
-the second of two slots. Outside of its block's computation a weight is always seen at its home.
+the second of two slots. Outside of its block's computation a weight is always seen at its home. Where ranks share a
+network, the home of a block's weights is a part of them on each rank (parallel/fsdp.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,81 @@ class WeightAccount:
         self.on_streamed(size)
 
 
+class FlatLayout:
+    """Where tensors lie in one stretch of memory.
+
+    Args:
+        tensors: of their shapes and dtypes; the order of their dimensions in memory is kept.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+        self._starts, self.size = [], 0
+        for tensor in tensors:
+            self._starts.append(self.size)
+            self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def stretches(self, memory: Tensor) -> list[Tensor]:
+        """The bytes of each."""
+        return [
+            memory[start : start + tensor.nbytes] for tensor, start in zip(self._tensors, self._starts, strict=True)
+        ]
+
+    def show(self, parameters: Sequence[nn.Parameter], memory: Tensor) -> None:
+        """Make parameters those that lie there."""
+        for parameter, view in zip(parameters, self._views(memory), strict=True):
+            parameter.data = view
+
+    def move(self, parameters: Sequence[nn.Parameter], memory: Tensor) -> None:
+        """Copy parameters there, one by one, and leave the memory that they were in."""
+        for parameter, view in zip(parameters, self._views(memory), strict=True):
+            loaded = parameter.data
+            parameter.data = view.copy_(loaded)
+            release_mapped(loaded)
+
+    def _views(self, memory: Tensor) -> list[Tensor]:
+        return [
+            stretch.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+            for tensor, stretch in zip(self._tensors, self.stretches(memory), strict=True)
+        ]
+
+
+class BlockWeights(Protocol):
+    """A block's parameters, which have a home and a room to compute in.
+
+    Attributes:
+        name: of the block.
+        size: bytes of the room.
+        home_size: bytes of the home.
+        home_on_device: whether the home is device memory, too.
+    """
+
+    name: str
+    size: int
+    home_size: int
+    home_on_device: bool
+
+    def settle(self, home: Tensor) -> None:
+        """Copy the parameters to their home, for good."""
+        ...
+
+    def show(self, room: Tensor) -> None:
+        """Make the parameters those that lie in a room."""
+        ...
+
+    def retire(self, home: Tensor) -> None:
+        """Make the parameters what is seen of them at home."""
+        ...
+
+    def fetch(self, home: Tensor, room: Tensor) -> None:
+        """Begin to copy the parameters into a room, or a larger one."""
+        ...
+
+
+Flatten: TypeAlias = Callable[[str, Sequence[nn.Parameter]], BlockWeights]
+"""From the name of a block and its parameters to these as they are kept."""
+
+
 class FlatWeights:
     """A block's parameters as one stretch of memory, wherever it is: one copy moves them all.
 
@@ -68,38 +144,35 @@ class FlatWeights:
         parameters: they keep their dtypes and the order of their dimensions in memory.
     """
 
+    home_on_device = False
+
     def __init__(self, name: str, parameters: Sequence[nn.Parameter]) -> None:
         self.name = name
         self._parameters = parameters
-        self._starts, end = [], 0
-        for parameter in parameters:
-            self._starts.append(end)
-            end += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.size = end
-        self._strides = [torch.empty_like(parameter, device="meta").stride() for parameter in parameters]
+        self._layout = FlatLayout(parameters)
+        self.size = self.home_size = self._layout.size
 
-    def move(self, memory: Tensor) -> None:
+    def settle(self, home: Tensor) -> None:
         """Copy the parameters there, for good."""
-        for parameter, view in zip(self._parameters, self._views(memory), strict=True):
-            loaded = parameter.data
-            parameter.data = view.copy_(loaded)
-            release_mapped(loaded)
+        self._layout.move(self._parameters, home)
 
-    def show(self, memory: Tensor) -> None:
+    def show(self, room: Tensor) -> None:
         """Make the parameters those that lie there."""
-        for parameter, view in zip(self._parameters, self._views(memory), strict=True):
-            parameter.data = view
+        self._layout.show(self._parameters, room)
 
-    def _views(self, memory: Tensor) -> Iterator[Tensor]:
-        for parameter, start, stride in zip(self._parameters, self._starts, self._strides, strict=True):
-            stretch = memory[start : start + parameter.nbytes].view(parameter.dtype)
-            yield stretch.as_strided(parameter.shape, stride)
+    def retire(self, home: Tensor) -> None:
+        """The same: at home all of them are seen."""
+        self._layout.show(self._parameters, home)
+
+    def fetch(self, home: Tensor, room: Tensor) -> None:
+        """All in one copy."""
+        room[: self.size].copy_(home, non_blocking=True)
 
 
 class _Visitor:
     """A block that comes to the device with the network's work and leaves after it."""
 
-    def __init__(self, weights: FlatWeights, home: Tensor) -> None:
+    def __init__(self, weights: BlockWeights, home: Tensor) -> None:
         self.weights, self.home = weights, home
         self.room: Tensor | None = None
         self.arrival: Moment | None = None
@@ -132,18 +205,21 @@ class OffloadedWeights:
         blocks: in the order in which they compute; a parameter that none of them has is left as it is.
         residency: how much may be on the device, and until when.
         transfer: the way there.
+        flatten: how blocks are kept.
     """
 
-    def __init__(self, blocks: Sequence[WeightBlock], residency: Residency, transfer: Transfer) -> None:
+    def __init__(
+        self, blocks: Sequence[WeightBlock], residency: Residency, transfer: Transfer, flatten: Flatten = FlatWeights
+    ) -> None:
         self.account = WeightAccount()
         self._transfer = transfer
         self._lock = threading.RLock()
         self._active: str | None = None
-        flat = _flatten(blocks)
+        flat = _flattened(blocks, flatten)
         self.plan: ResidencyPlan = plan_residency([weights.size for weights in flat], residency.budget_bytes)
         self._leaves = residency.leaves_when_idle
         self._visitors: list[_Visitor] = []
-        self._streamed: list[FlatWeights] = []
+        self._streamed: list[BlockWeights] = []
         self._homes: list[Tensor] = []
         self._slots: list[_Slot] = []
         for block, weights, stays in zip(blocks, flat, self.plan.resident, strict=True):
@@ -165,13 +241,13 @@ class OffloadedWeights:
             self._leave()
             yield
 
-    def _settle(self, block: WeightBlock, weights: FlatWeights, *, stays: bool) -> None:
+    def _settle(self, block: WeightBlock, weights: BlockWeights, *, stays: bool) -> None:
         """Bring a block's weights to where they stay from now on."""
         if stays and not self._leaves:
-            weights.move(self._room(weights.size))
+            weights.settle(self._room(weights.size))
             return
-        home = self._transfer.home(weights.size)
-        weights.move(home)
+        home = (self._room if weights.home_on_device else self._transfer.home)(weights.home_size)
+        weights.settle(home)
         if stays:
             visitor = _Visitor(weights, home)
             self._visitors.append(visitor)
@@ -208,7 +284,7 @@ class OffloadedWeights:
                 self._prefetch_after(index, slot)
                 yield
             finally:
-                self._streamed[index].show(self._homes[index])
+                self._streamed[index].retire(self._homes[index])
                 slot.free = self._transfer.now()
 
     @contextmanager
@@ -229,7 +305,7 @@ class OffloadedWeights:
         try:
             for visitor in self._visitors:
                 visitor.room = self._room(visitor.weights.size)
-                visitor.arrival = self._copy(visitor.home, visitor.room, self._transfer.now())
+                visitor.arrival = self._fetch(visitor.weights, visitor.home, visitor.room, self._transfer.now())
                 visitor.weights.show(visitor.room)
         except BaseException:
             self._leave()
@@ -245,9 +321,8 @@ class OffloadedWeights:
             return found
         following = self._next[index]
         slot = min((slot for slot in self._slots if slot is not busy), key=lambda slot: slot.block == following)
-        home = self._homes[index]
         slot.block = None  # until the copy is on its way: it may fail
-        slot.arrival = self._copy(home, slot.memory[: home.numel()], slot.free)
+        slot.arrival = self._fetch(self._streamed[index], self._homes[index], slot.memory, slot.free)
         slot.block = index
         return slot
 
@@ -259,9 +334,9 @@ class OffloadedWeights:
         if self.plan.slots > 1:
             self._present(self._next[index], busy)
 
-    def _copy(self, source: Tensor, target: Tensor, after: Moment) -> Moment:
-        self.account.streamed(source.numel())
-        return self._transfer.copy(source, target, after)
+    def _fetch(self, weights: BlockWeights, home: Tensor, room: Tensor, after: Moment) -> Moment:
+        self.account.streamed(weights.size)
+        return self._transfer.queue(partial(weights.fetch, home, room), after)
 
     def _wait(self, arrival: Moment | None) -> None:
         if arrival is not None:
@@ -276,7 +351,7 @@ class OffloadedWeights:
         for visitor in self._visitors:
             if visitor.room is not None:
                 self._wait(visitor.arrival)
-                visitor.weights.show(visitor.home)
+                visitor.weights.retire(visitor.home)
                 self.account.take(-visitor.room.numel())
                 visitor.room = visitor.arrival = None
         self._slots.clear()
@@ -285,13 +360,13 @@ class OffloadedWeights:
             self._transfer.trim()
 
 
-def _flatten(blocks: Sequence[WeightBlock]) -> list[FlatWeights]:
+def _flattened(blocks: Sequence[WeightBlock], flatten: Flatten) -> list[BlockWeights]:
     """Each block's own parameters."""
     seen: set[nn.Parameter] = set()
-    flat = []
+    flat: list[BlockWeights] = []
     for block in blocks:
         own = dict.fromkeys(parameter for module in block.modules for parameter in module.parameters())
-        flat.append(FlatWeights(block.name, [parameter for parameter in own if parameter not in seen]))
+        flat.append(flatten(block.name, [parameter for parameter in own if parameter not in seen]))
         seen.update(own)
     return flat
 

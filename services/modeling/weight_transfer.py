@@ -1,8 +1,9 @@
-"""How weights get from host memory to a device: beside the computation on CUDA, in line with it elsewhere."""
+"""How weights come to a device: beside the computation on CUDA, in line with it elsewhere."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ Moment: TypeAlias = Any
 
 
 class Transfer(Protocol):
-    """Memory on both sides and copies between them; all sizes are bytes, all memory is uint8 [size]."""
+    """Memory on both sides, and when it is copied between them; all sizes are bytes, all memory is uint8 [size]."""
 
     device: torch.device
 
@@ -27,8 +28,8 @@ class Transfer(Protocol):
         """Device memory."""
         ...
 
-    def copy(self, source: Tensor, target: Tensor, after: Moment) -> Moment:
-        """Begin to copy host memory to the device once `after` has passed; returns when it will have arrived."""
+    def queue(self, copy: Callable[[], None], after: Moment) -> Moment:
+        """Begin what `copy` starts on the device once `after` has passed; returns when it will be done."""
         ...
 
     def wait(self, moment: Moment) -> None:
@@ -63,9 +64,9 @@ class SynchronousTransfer:
         """Memory of the device, a stretch of its own also where that is the host."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def copy(self, source: Tensor, target: Tensor, after: Moment) -> Moment:
+    def queue(self, copy: Callable[[], None], after: Moment) -> Moment:
         """Copies at once: whatever came before is done."""
-        target.copy_(source)
+        copy()
 
     def wait(self, moment: Moment) -> None:
         """Nothing is ever pending."""
@@ -95,11 +96,11 @@ class CudaTransfer:
         """Memory of the computation's stream."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def copy(self, source: Tensor, target: Tensor, after: Moment) -> Moment:
+    def queue(self, copy: Callable[[], None], after: Moment) -> Moment:
         """Queues a copy on the copying stream."""
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
-            target.copy_(source, non_blocking=True)
+            copy()
             return self._stream.record_event()
 
     def wait(self, moment: Moment) -> None:

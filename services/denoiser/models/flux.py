@@ -74,7 +74,7 @@ class FluxDenoiser:
         Raises:
             CheckpointError: it can't be shared so, or the weights are missing, damaged or not of this architecture.
         """
-        check_directions(entry, mesh, ("ring", "ulysses", "tensor"))
+        check_directions(entry, mesh, ("ring", "ulysses", "tensor", "fsdp"))
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_flux_dit(

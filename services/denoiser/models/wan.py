@@ -69,7 +69,7 @@ class WanDenoiser:
         Raises:
             CheckpointError: it can't be shared so, or the weights are missing, damaged or of no kind that is served.
         """
-        check_directions(entry, mesh, ("ring", "ulysses", "tensor"))
+        check_directions(entry, mesh, ("ring", "ulysses", "tensor", "fsdp"))
         source = open_component(entry, entry.denoiser, "transformer")
         placement = placement_of(entry.denoiser, device, torch.bfloat16)
         dit = load_wan_dit(

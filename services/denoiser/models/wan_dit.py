@@ -256,9 +256,11 @@ class WanDiT(TensorModule):
 
     def weight_blocks(self) -> list[WeightBlock]:
         """All weights, in the order in which they compute: what is asked once a request, both ends, the blocks."""
-        once = [self.text_in, self.image_in, *(each for cross in self._cross_attentions() for each in _once(cross))]
+        embedders = [module for module in (self.text_in, self.image_in) if module is not None]
+        keys_and_values = enumerate(map(_once, self._cross_attentions()))
         return [
-            WeightBlock("once", tuple(module for module in once if module is not None)),
+            WeightBlock("embedders", tuple(embedders)),
+            *(WeightBlock(f"blocks.{index}.cross", tuple(once)) for index, once in keys_and_values),
             WeightBlock("ends", (self.patch_in, self.time_in, self.modulation, self.head)),
             *(WeightBlock(f"blocks.{index}", (block,)) for index, block in enumerate(self.blocks)),
         ]

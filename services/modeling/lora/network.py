@@ -49,7 +49,8 @@ class AdaptableNetwork:
         }
         self.device, self.dtype = placed.placement.device, placed.placement.dtype
         self._weights, self._shares, self._whole = placed.weights, placed.shares, whole
-        self._can_fuse = not (placed.placement.offloads or placed.placement.float8)
+        streams = placed.placement.offloads or placed.shares.gathered.size > 1
+        self._can_fuse = not (streams or placed.placement.float8)
         self._policy = FusionPolicy()
         self._fused: FusedSet | None = None
 
@@ -64,9 +65,8 @@ class AdaptableNetwork:
 
     def weight(self, targets: Sequence[Target]) -> Tensor:
         """The weight of that layer in float32; as it was loaded, also while a set is fused."""
-        with self._weights.at_home():
-            parts = [self._layer_weight(each.layer)[each.start : each.stop].float() for each in targets]
-            return torch.cat(parts).to(self.device)
+        parts = [self._layer_weight(each.layer)[each.start : each.stop] for each in targets]
+        return torch.cat(parts).to(self.device)
 
     def changes(self, target: Target, delta: Delta) -> list[Change]:
         """A change of rows of a whole layer as changes of what this rank computes with."""
@@ -95,11 +95,12 @@ class AdaptableNetwork:
         return self.with_branches(rows)
 
     def _layer_weight(self, path: str) -> Tensor:
-        """[O, I, *K]; on a rank with shards, where asking the others would need them to be asked at the same time, from
-        the checkpoint."""
+        """[O, I, *K] in float32. A rank with shards has it from the checkpoint: the others would have to be asked, and
+        they may be computing."""
         if self._whole is not None and self._shares.shards:
-            return self._whole.read(f"{path}.weight", self.dtype)
-        return dense_weight(self._layers[path])
+            return self._whole.read(f"{path}.weight", self.dtype).float()
+        with self._weights.at_home():
+            return dense_weight(self._layers[path]).float()
 
     def _consider(self, applied: Sequence[Applied], max_fused_bytes: int) -> None:
         """Fuse the set if it is due, and its copies of layers fit."""

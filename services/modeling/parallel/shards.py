@@ -1,4 +1,4 @@
-"""What one rank has of a network's parameters, and where it lies in the whole ones; pure arithmetic and views."""
+"""What one rank has of a network's parameters, and where it lies in the whole ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.modeling.parallel.mesh import ONE_RANK_MESH, Axis
 
@@ -79,6 +79,14 @@ def even_shard(dim: int, parts: Sequence[int], axis: Axis) -> Shard:
     shares = [(start, length // axis.size) for start, length in zip(starts, parts, strict=False)]
     spans = tuple((start + axis.rank * share, start + (axis.rank + 1) * share) for start, share in shares)
     return Shard(dim, sum(parts), spans)
+
+
+def leave_shard(network: nn.Module, name: str, shard: Shard) -> None:
+    """Puts an empty parameter of a shard's shape in a whole one's place."""
+    path, _, kind = name.rpartition(".")
+    owner = network.get_submodule(path)
+    whole = owner.get_parameter(kind)
+    owner.register_parameter(kind, nn.Parameter(whole.new_empty(shard.shape(whole.shape)), requires_grad=False))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from services.modeling.parallel.fsdp import share_rows
 from services.modeling.parallel.mesh import ParallelMesh
 from services.modeling.parallel.shards import WHOLE, Shares
 from services.modeling.parallel.tensor_parallel import TensorPlan, share_layers
@@ -25,4 +26,6 @@ def share(network: nn.Module, mesh: ParallelMesh, plan: TensorPlan, heads: int) 
     check_heads(heads, mesh)
     if mesh.tensor.size > 1:
         return Shares(share_layers(network, plan, heads, mesh.tensor))
+    if mesh.fsdp and mesh.all_ranks.size > 1:
+        return Shares(share_rows(network, mesh.all_ranks), gathered=mesh.all_ranks)
     return WHOLE

@@ -20,7 +20,7 @@ from safelight.errors import CheckpointError
 from services.modeling.layers import Linear
 from services.modeling.packing import packed_linear
 from services.modeling.parallel.mesh import Axis
-from services.modeling.parallel.shards import Shard, even_shard
+from services.modeling.parallel.shards import Shard, even_shard, leave_shard
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -100,18 +100,10 @@ def share_layers(network: nn.Module, plan: TensorPlan, heads: int, axis: Axis) -
         if split is None or (isinstance(split, ByInputs) and kind == "bias"):
             continue
         shards[name] = shard = _shard(name, parameter.shape, split, axis)
-        replace_parameter(network, name, shard)
+        leave_shard(network, name, shard)
         if isinstance(split, ByInputs):
             network.set_submodule(path, SummedLinear(_linear(network, path), axis))
     return shards
-
-
-def replace_parameter(network: nn.Module, name: str, shard: Shard) -> None:
-    """Puts an empty parameter of a shard's shape in a whole one's place."""
-    path, _, kind = name.rpartition(".")
-    owner = network.get_submodule(path)
-    whole = owner.get_parameter(kind)
-    owner.register_parameter(kind, nn.Parameter(whole.new_empty(shard.shape(whole.shape)), requires_grad=False))
 
 
 def _shard(name: str, shape: torch.Size, split: ByOutputs | ByInputs, axis: Axis) -> Shard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,12 +23,12 @@ BUDGETS = [0, 1, 120_000, 240_000, 10**9]
 class Pending(NamedTuple):
     """A copy that has not happened yet."""
 
-    source: Tensor
-    target: Tensor
+    copy: Callable[[], None]
 
 
 class LateTransfer(SynchronousTransfer):
-    """Copies at the last moment that is allowed: when somebody waits for it; before, the device's memory is noise.
+    """Copies at the last moment that is allowed: when somebody waits for it; before, the device's memory is noise or
+    another block.
 
     So what is computed from a block that nobody waited for is wrong. `log` has what was asked for.
     """
@@ -41,17 +41,16 @@ class LateTransfer(SynchronousTransfer):
     def room(self, size: int) -> Tensor:
         return super().room(size).fill_(0xFF)  # floats of these bytes are NaN
 
-    def copy(self, source: Tensor, target: Tensor, after: Moment) -> Moment:
+    def queue(self, copy: Callable[[], None], after: Moment) -> Moment:
         if self.fail_copies:
             raise torch.OutOfMemoryError("no memory for the copy")
         assert after == "now"
         self.log.append("copy")
-        target.fill_(0xFF)
-        return Pending(source, target)
+        return Pending(copy)
 
     def wait(self, moment: Moment) -> None:
         assert isinstance(moment, Pending)
-        moment.target.copy_(moment.source)
+        moment.copy()
 
     def now(self) -> Moment:
         return "now"

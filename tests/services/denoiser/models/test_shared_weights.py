@@ -28,6 +28,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 DEGREES = {
     "4 by tensor": ParallelDegrees(tensor=4),
     "2 by tensor, 2 by cfg": ParallelDegrees(tensor=2, cfg=2),
+    "2 by ring, 2 by ulysses, fsdp": ParallelDegrees(ring=2, ulysses=2, fsdp=True),
 }
 
 
@@ -213,6 +214,16 @@ def test_shared_weights_compute_what_one_process_does(
     assert [[each.matched for each in outcomes] for outcomes in ranks] == [[each.matched for each in alone]] * len(
         ranks
     )
+
+
+@pytest.mark.parametrize("degrees", [name for name, each in DEGREES.items() if each.fsdp])
+def test_a_rank_holds_its_share_and_two_blocks(
+    cases: dict[str, Case], alone: list[Outcome], shared: dict[str, list[list[Outcome]]], degrees: str
+) -> None:
+    for outcomes in shared[degrees]:
+        for name, ours, whole in zip(cases, outcomes, alone, strict=True):
+            share = whole.resident_bytes / DEGREES[degrees].ranks
+            assert share < ours.peak_bytes < 1.1 * (share + 2 * max(whole.block_bytes)), name
 
 
 def test_a_lora_changes_what_it_is_compared_with(cases: dict[str, Case], alone: list[Outcome]) -> None:
