@@ -2,8 +2,8 @@
 
 256x256 pixels, decoded from 5 latent frames or encoded to them. Both have the same random weights and inputs and take
 turns in one process (bench/in_turns.py). The errors are against diffusers in float32 with the same, already rounded,
-weights. Peak memory is the kernel's of the resident set (VmHWM), of a process of its own for each that does it once, less
-what it had before.
+weights. Peak memory is the kernel's of the resident set (VmHWM), of a process of its own for each that does it once,
+less what it had before.
 
     OMP_WAIT_POLICY=PASSIVE python -m bench.wan_vae --dtype bfloat16 --rounds 3
     OMP_WAIT_POLICY=PASSIVE python -m bench.wan_vae --dtype bfloat16 --encode
@@ -102,7 +102,7 @@ def build_steps(options: argparse.Namespace) -> tuple[Step, Step]:
 
     def our_step() -> Tensor:
         if options.encode:
-            return ours.encode_film(film_pieces(x[0].movedim(1, 0)), DEFAULT_TILING)
+            return torch.cat(list(ours.encode_film(film_pieces(x[0].movedim(1, 0)), DEFAULT_TILING)), dim=2)
         return torch.cat(list(ours.decode_film(x, DEFAULT_TILING))).clamp(-1, 1).movedim(0, 1)[None]
 
     return lambda: their_step(theirs, x.to(theirs.dtype), options), our_step
