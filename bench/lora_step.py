@@ -25,7 +25,7 @@ from bench.real_width import save_real_width_sd15
 from services.common.manifest import ModelEntry
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.sd15 import load_sd15
-from services.denoiser.registry import Denoiser
+from services.denoiser.registry import LocalDenoiser
 from services.modeling.lora.adapter import Applied
 from services.modeling.lora.fusing import FusedSet, fuse
 from services.modeling.lora.layouts import DENOISER
@@ -58,7 +58,7 @@ def main() -> None:
     _report(model, first, second, fused, arguments.size // 8, arguments.rounds)
 
 
-def _load_model(folder: Path, *, tiny: bool) -> Denoiser:
+def _load_model(folder: Path, *, tiny: bool) -> LocalDenoiser:
     if tiny:
         from tests.support.tiny_sd15 import save_tiny_sd15
 
@@ -68,7 +68,7 @@ def _load_model(folder: Path, *, tiny: bool) -> Denoiser:
     return load_sd15(ModelEntry(name="bench", path=str(folder / "model")), torch.device("cpu"))
 
 
-def _save_lora(model: Denoiser, folder: Path, seed: int) -> Path:
+def _save_lora(model: LocalDenoiser, folder: Path, seed: int) -> Path:
     """A LoRA of all linear layers within transformers, named as in diffusers."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, targets in model.network.targets.items():
@@ -82,7 +82,12 @@ def _save_lora(model: Denoiser, folder: Path, seed: int) -> Path:
 
 @torch.inference_mode()
 def _report(
-    model: Denoiser, first: tuple[Applied, ...], second: tuple[Applied, ...], fused: FusedSet, side: int, rounds: int
+    model: LocalDenoiser,
+    first: tuple[Applied, ...],
+    second: tuple[Applied, ...],
+    fused: FusedSet,
+    side: int,
+    rounds: int,
 ) -> None:
     network = model.network
     shape = (model.describe("").denoiser.latent_channels, side, side)

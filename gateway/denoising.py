@@ -132,5 +132,6 @@ class Denoising:
             self.metrics.resumes.labels(failure.loss).inc()
 
     def _fetch_seconds(self, loss: Loss) -> float:
-        """How long a lost replica's last checkpoint is waited for: one that stops still hands it out."""
-        return {"drain": self.settings.replica_wait_seconds, "death": _DYING_SECONDS, "silence": 0.0}[loss]
+        """How long a lost replica's last checkpoint is waited for: one that is still there hands it out."""
+        handed_out = self.settings.replica_wait_seconds
+        return {"drain": handed_out, "restart": handed_out, "death": _DYING_SECONDS, "silence": 0.0}[loss]

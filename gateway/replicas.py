@@ -18,7 +18,13 @@ from gateway.estimate import Pending, StageLoad
 from gateway.load import Backlog
 from gateway.targets import addresses_of
 from gateway.work import Work
-from safelight.errors import FingerprintMismatchError, StageUnavailableError, UnknownAdapterError, UnknownModelError
+from safelight.errors import (
+    FingerprintMismatchError,
+    ModelRestartingError,
+    StageUnavailableError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
 from safelight.v1 import load_service_pb2, load_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.channels import ChannelPool
@@ -66,6 +72,11 @@ class Replica:
         """Fingerprints of the LoRAs that it has loaded, by name."""
         known = self.models.get(model, ModelDescription())
         return {adapter.name: adapter.fingerprint for adapter in known.adapters}
+
+    def note_restart(self, model: str) -> None:
+        """A call was told that the model is being started again; the next probe tells more."""
+        if model in self.models:
+            self.models[model].restarting = True
 
     @contextmanager
     def work(self, work: Work) -> Iterator[None]:
@@ -151,6 +162,7 @@ class ReplicaSet:
         Raises:
             StageUnavailableError: no replica of the stage is available.
             UnknownModelError: those that are do not serve the model.
+            ModelRestartingError: those that do are starting it again.
             FingerprintMismatchError: they serve it with other weights.
             UnknownAdapterError: they have not loaded the adapters of the work.
         """
@@ -167,7 +179,8 @@ class ReplicaSet:
         """The available replicas of a model with these weights and, by name and fingerprint, adapters; at least one.
 
         Raises:
-            StageUnavailableError, UnknownModelError, FingerprintMismatchError, UnknownAdapterError: as `pick`.
+            StageUnavailableError, UnknownModelError, ModelRestartingError, FingerprintMismatchError,
+            UnknownAdapterError: as `pick`.
         """
         available = self.available
         if not available:
@@ -179,7 +192,15 @@ class ReplicaSet:
         serving = [replica for replica in available if model in replica.models]
         if not serving:
             raise UnknownModelError(f"model {model!r} is served by no {self.stage}", model=model)
-        alike = [replica for replica in serving if fingerprint in ("", self._fingerprint(replica.models[model]))]
+        there = [replica for replica in serving if not replica.models[model].restarting]
+        if not there:
+            raise ModelRestartingError(
+                f"the processes of model {model!r} are started again at every {self.stage}: retry when they are up",
+                retry_after_seconds=self._interval_seconds,
+                stage=self.stage,
+                model=model,
+            )
+        alike = [replica for replica in there if fingerprint in ("", self._fingerprint(replica.models[model]))]
         if not alike:
             raise FingerprintMismatchError(
                 f"no {self.stage} has model {model!r} with the weights {fingerprint} any more: send the request again",

@@ -37,6 +37,10 @@ class GatewaySettings(ServerSettings):
     decode_seconds: float = setting(120.0, "Longest silence of a decoder; then the picture is decoded elsewhere.")
     silence_seconds: float = setting(2.0, "Longest silence of a denoiser; then the picture goes on elsewhere.")
     replica_wait_seconds: float = setting(15.0, "Time that work in progress waits for a replica when none is healthy.")
+    restart_wait_seconds: float = setting(
+        600.0,
+        "Time that work waits for a model whose processes are being started again, where no other replica has it.",
+    )
     checkpoint_steps: int = setting(0, "Steps between two checkpoints; 0: as often as costs at most 1 % of step time.")
     max_checkpoint_bytes: int = setting(256 * 1024**2, "Largest checkpoint kept; a larger one is left at its denoiser.")
     journal_bytes: int = setting(256 * 1024**2, "Memory for finished results that clients may still ask for.")

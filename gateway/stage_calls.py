@@ -24,6 +24,7 @@ from gateway.work import Work, decode_work, denoise_work, encode_work
 from safelight.errors import (
     DeadlineExceededError,
     FingerprintMismatchError,
+    ModelRestartingError,
     SafelightError,
     StageDrainingError,
     StageUnavailableError,
@@ -47,7 +48,7 @@ from safelight.v1.encoder_service_pb2_grpc import EncoderServiceStub
 from safelight.v1.work_pb2 import WorkContext
 
 _LOOK_SECONDS = 0.02
-Loss = Literal["death", "silence", "drain"]
+Loss = Literal["death", "silence", "drain", "restart"]
 
 
 class StageCallError(Exception):
@@ -56,7 +57,8 @@ class StageCallError(Exception):
     Args:
         error: what the stage said, or what is to be said of it.
         replica: who was called.
-        loss: how the replica was lost: it could not be reached, fell silent, or is stopping; None: it is still there.
+        loss: how the replica was lost: it could not be reached, fell silent, is stopping, or starts the model again;
+            None: it is still there.
     """
 
     def __init__(self, error: SafelightError, replica: Replica, loss: Loss | None) -> None:
@@ -157,7 +159,9 @@ class StageCalls:
         except grpc.aio.AioRpcError as failure:
             known = from_rpc_error(failure)
             loss = _loss(known)
-            if loss is not None or _has_other_weights(known):
+            if loss == "restart":
+                replica.note_restart(work.model)
+            elif loss is not None or _has_other_weights(known):
                 stage.report_failure(replica)
             raise StageCallError(known, replica, loss) from failure
 
@@ -169,7 +173,7 @@ class StageCalls:
             FingerprintMismatchError: the weights that the request was planned with are served no more.
             DeadlineExceededError: time was up before there was one.
         """
-        give_up = time.monotonic() + self.settings.replica_wait_seconds
+        began = time.monotonic()
         while True:
             try:
                 return stage.pick(work.model, avoid, fingerprint, work)
@@ -177,9 +181,15 @@ class StageCalls:
                 now = time.monotonic()
                 if self.deadline is not None and now >= self.deadline:
                     raise DeadlineExceededError(f"time was up while waiting: {error.message}") from error
-                if now >= give_up:
+                if now >= began + self._patience(error):
                     raise
             await asyncio.sleep(_LOOK_SECONDS)
+
+    def _patience(self, error: SafelightError) -> float:
+        """Seconds for which a piece of work waits for a replica."""
+        if isinstance(error, ModelRestartingError):
+            return self.settings.restart_wait_seconds
+        return self.settings.replica_wait_seconds
 
 
 def _has_other_weights(error: SafelightError) -> bool:
@@ -192,4 +202,6 @@ def _loss(error: SafelightError) -> Loss | None:
     """UNAVAILABLE without details is gRPC's own word; with details it is the stage speaking of something else."""
     if isinstance(error, StageDrainingError):
         return "drain"
+    if isinstance(error, ModelRestartingError):
+        return "restart"
     return "death" if isinstance(error, StageUnavailableError) and not error.metadata else None

@@ -5,7 +5,7 @@ models:
     path: /weights/majicmix.safetensors   # a file, a list of files, or a folder in the diffusers layout
     encoder: {dtype: float16}              # optional, a stage each: dtype, device, offload, memory_budget, path
                                            # and of a stage of several networks: parts: {t5: {path: …, dtype: …}}
-    denoiser: {dtype: float16}
+    denoiser: {dtype: float16, parallelism: 2}   # and of the denoiser: GPUs that share it, or parallel: {cfg: 2, …}
     decoder: {path: /weights/vae.safetensors, dtype: float32}
     tokenizer: /weights/tokenizer          # optional: a folder with vocab.json and merges.txt
     latent_preview: /weights/preview.json  # optional: the map that previews are made with
@@ -18,7 +18,7 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +27,13 @@ import yaml
 
 from safelight.byte_sizes import parse_byte_size
 from safelight.hub import HUBS
+from services.common.parallel_degrees import ParallelDegrees
 
 DEMO_MODEL_PATH = Path(__file__).resolve().parents[1] / "demo_model"
 _STAGES = ("encoder", "denoiser", "decoder")
-_NESTED = (*_STAGES, "defaults", "parts", "source", "adapters")
+_NESTED = (*_STAGES, "defaults", "parts", "source", "adapters", "parallel", "parallelism")
+PARALLELISM = (1, 2, 4, 8)
+_KINDS = {bool: "true or false", int: "a whole number"}
 FLOAT8 = "float8_e4m3fn"
 DTYPES = ("auto", "float32", "float16", "bfloat16", FLOAT8)
 CPU_OFFLOAD, SEQUENTIAL = "cpu_offload", "sequential_cpu_offload"
@@ -76,7 +79,6 @@ class Part:
             bfloat16 with the large matrices stored in float8.
         offload: when the weights leave the GPU; empty: as the stage's setting says.
         memory_budget: most bytes of them on the GPU; None: as the stage's setting says.
-        allow_pickle: the files may be torch's own (.pth …), which are pickle.
     """
 
     path: WeightsPath = ""
@@ -84,7 +86,6 @@ class Part:
     dtype: str = "auto"
     offload: str = ""
     memory_budget: int | None = None
-    allow_pickle: bool = False
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -99,18 +100,20 @@ class Component(Part):
     Args:
         device: where it computes; empty: the stage's device.
         parts: its networks by name, where it has several that differ in path or dtype: "clip_l", "clip_g", "t5" …
+        parallelism: of the denoiser, how many devices share it in the family's usual way.
+        parallel: of the denoiser, in which ways, in place of `parallelism`.
     """
 
     device: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)
+    parallelism: int = 1
+    parallel: ParallelDegrees | None = None
 
     def part(self, name: str) -> Part:
         """The network of that name; what is not said of it is the component's."""
         part = self.parts.get(name, Part())
-        dtype = self.dtype if part.dtype == "auto" else part.dtype
-        files = part if part.path else self
-        part = replace(part, path=files.path, allow_pickle=files.allow_pickle, dtype=dtype)
-        return offloaded(part, self.offload, self.memory_budget)
+        path, dtype = part.path or self.path, self.dtype if part.dtype == "auto" else part.dtype
+        return offloaded(replace(part, path=path, dtype=dtype), self.offload, self.memory_budget)
 
 
 SomePart = TypeVar("SomePart", bound=Part)
@@ -239,6 +242,7 @@ def _parse_model(entry: object, where: str) -> ModelEntry:
     for stage in _STAGES:
         if stage in values:
             values[stage] = _parse_component(values[stage], f"{where}.{stage}")
+            _refuse_ranks(values[stage], stage, f"{where}.{stage}")
     if "defaults" in values:
         values["defaults"] = _parse_defaults(values["defaults"], f"{where}.defaults")
     if "adapters" in values:
@@ -276,6 +280,7 @@ def _parse_component(entry: object, where: str) -> Component:
     _read_source(values, where)
     if "parts" in values:
         values["parts"] = _parse_parts(values["parts"], f"{where}.parts")
+    _read_parallel(values, where)
     component = Component(**values)
     _check_part(component, where)
     return component
@@ -309,6 +314,31 @@ def _read_source(values: dict[str, Any], where: str) -> None:
     values["source"] = HubSource(**source)
 
 
+def _read_parallel(values: dict[str, Any], where: str) -> None:
+    """Checks `parallelism`, and puts ParallelDegrees in place of what stands under `parallel`, if it does."""
+    parallelism = values.get("parallelism", 1)
+    if type(parallelism) is not int or parallelism not in PARALLELISM:
+        raise ManifestError(f"{where}.parallelism: {parallelism!r} is not one of {', '.join(map(str, PARALLELISM))}")
+    if "parallel" not in values:
+        return
+    if "parallelism" in values:
+        raise ManifestError(f"{where}: 'parallelism' and 'parallel': give one of the two")
+    degrees = _known(ParallelDegrees, values["parallel"], f"{where}.parallel")
+    for name, value in degrees.items():
+        wanted = bool if name == "fsdp" else int
+        if type(value) is not wanted:
+            raise ManifestError(f"{where}.parallel.{name}: {value!r} must be {_KINDS[wanted]}")
+    try:
+        values["parallel"] = ParallelDegrees(**degrees)
+    except ValueError as error:
+        raise ManifestError(f"{where}.parallel: {error}") from error
+
+
+def _refuse_ranks(component: Component, stage: str, where: str) -> None:
+    if stage != "denoiser" and (component.parallel or component.parallelism > 1):
+        raise ManifestError(f"{where}: only the denoiser is shared over several devices; move 'parallel…' there")
+
+
 def _check_part(part: Part, where: str) -> None:
     if part.dtype not in DTYPES:
         raise ManifestError(f"{where}.dtype: {part.dtype!r} is not one of {', '.join(DTYPES)}")
@@ -326,13 +356,13 @@ def offload_fault(offload: str, memory_budget: int | None) -> str | None:
 
 
 def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
-    """The entry as keyword arguments of a dataclass whose fields are texts but for the nested ones and a few."""
+    """The entry as keyword arguments of a dataclass whose fields are texts, but for the nested ones and a size."""
     values = _known(cls, entry, where)
     return {name: value if name in _NESTED else _read(name, value, f"{where}.{name}") for name, value in values.items()}
 
 
 def _read(name: str, value: object, where: str) -> WeightsPath | int:
-    return _READERS[name](value, where) if name in _READERS else _text(name, value, where)
+    return _size(value, where) if name == "memory_budget" else _text(name, value, where)
 
 
 def _size(value: Any, where: str) -> int:
@@ -340,15 +370,6 @@ def _size(value: Any, where: str) -> int:
         return parse_byte_size(value)
     except ValueError as error:
         raise ManifestError(f"{where}: {value!r} is not a size such as 12GiB or 500MB, or a number of bytes") from error
-
-
-def _switch(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ManifestError(f"{where}: {value!r} must be true or false")
-    return value
-
-
-_READERS: Mapping[str, Callable[[Any, str], int]] = {"memory_budget": _size, "allow_pickle": _switch}
 
 
 def _known(cls: type[Any], entry: object, where: str) -> dict[str, Any]:

@@ -101,6 +101,10 @@ class Metrics:
         self.cache_misses = Counter("safelight_cache_misses", "Answers a cache lacked.", ["cache"], registry=r)
         self.cache_bytes = Gauge("safelight_cache_bytes", "Bytes a cache holds.", ["cache"], registry=r)
         self.adapter_bytes = Gauge("safelight_adapter_bytes", "Bytes of loaded LoRAs.", ["stage"], registry=r)
+        self.ranks = Gauge("safelight_ranks", "Processes that share a model and are up.", ["model"], registry=r)
+        self.rank_restarts = Counter(
+            "safelight_rank_restarts", "Times that the processes of a model were started again.", ["model"], registry=r
+        )
         self.replicas = Gauge("safelight_replicas", "Replicas known, by health.", ["stage", "healthy"], registry=r)
         self.retries = Counter("safelight_retries", "Stage calls repeated on another replica.", ["stage"], registry=r)
         self.resumes = Counter(

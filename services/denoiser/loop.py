@@ -115,6 +115,11 @@ class DenoiseLoop:
         for job in self._jobs.difference(self._stepping):
             self._end(job, _draining())
 
+    def hand_back(self, model: str, error: Exception) -> None:
+        """End every request of a model that can't be computed now, but for those in the running step, which ends."""
+        for job in [job for job in self._jobs.difference(self._stepping) if job.model == model]:
+            self._end(job, error)
+
     async def _run(self) -> None:
         while True:
             self._expire()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
+from services.common.parallel_degrees import ParallelDegrees, over_guidance_and_tokens, over_rows, over_tokens
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.models.flux import FluxDenoiser
 from services.denoiser.models.sd15 import load_sd15
@@ -19,20 +21,41 @@ from services.denoiser.models.wan import WanDenoiser
 from services.denoiser.previews import LatentPreviewMap
 from services.denoiser.sampling.model_sampling import ModelSampling
 from services.modeling.loading import Loader
-from services.modeling.lora.network import AdaptableNetwork
+from services.modeling.lora.network import AdaptableNetwork, RowAdapters
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.placement import PlacedWeights
 
 
+class AdaptedNetwork(Protocol):
+    """Applies adapters, for one forward pass each time."""
+
+    def with_branches(self, rows: RowAdapters) -> AbstractContextManager[None]:
+        """Within it, each row of a forward pass has its adapters applied, beside the layers."""
+        ...
+
+    def with_adapters(self, rows: RowAdapters, max_fused_bytes: int) -> AbstractContextManager[None]:
+        """The same; a set that is used much may be applied within the weights, of which a copy takes so many bytes."""
+        ...
+
+
 class Denoiser(Protocol):
-    """What the engine needs of a model family; `prepare`'s result is the family's own and goes back into `predict`."""
+    """What the engine needs of a model family; `prepare`'s result is the family's own and goes back into `predict`.
+
+    device: where states are computed.
+    row_groups: so many parts of a batch are computed apart, each by devices of its own.
+    """
 
     sampling: ModelSampling
     fingerprint: str
     device: torch.device
     weights: Sequence[PlacedWeights]
     preview_map: LatentPreviewMap | None
-    network: AdaptableNetwork
+    row_groups: int
+
+    @property
+    def network(self) -> AdaptedNetwork:
+        """What adapters are applied to."""
+        ...
 
     def describe(self, name: str) -> ModelDescription:
         """What requests may ask of the model."""
@@ -59,10 +82,16 @@ class Denoiser(Protocol):
         ...
 
 
+class LocalDenoiser(Denoiser, Protocol):
+    """A denoiser whose network, or this rank's part of it, is in this process."""
+
+    network: AdaptableNetwork
+
+
 class DenoiserLoader(Protocol):
     """Reads a manifest entry's network onto a device; the ranks of a mesh share it."""
 
-    def __call__(self, entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> Denoiser:
+    def __call__(self, entry: ModelEntry, device: torch.device, mesh: ParallelMesh = ONE_RANK_MESH) -> LocalDenoiser:
         """Raises CheckpointError: it can't be read, or a family's network can't be shared as the mesh does."""
         ...
 
@@ -74,7 +103,15 @@ LOADERS: dict[str, DenoiserLoader] = {
     "wan": WanDenoiser.load,
 }
 
+USUAL_DEGREES: dict[str, Callable[[int], ParallelDegrees]] = {
+    "sd15": over_rows,
+    "sdxl": over_rows,
+    "flux": over_tokens,
+    "wan": over_guidance_and_tokens,
+}
+"""How a family is shared over so many devices when the manifest does not say."""
 
-def loaders_over(mesh: ParallelMesh) -> dict[str, Loader[Denoiser]]:
+
+def loaders_over(mesh: ParallelMesh) -> dict[str, Loader[LocalDenoiser]]:
     """The loaders, of networks that the ranks of a mesh share."""
     return {family: partial(load, mesh=mesh) for family, load in LOADERS.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from safelight.v1 import denoiser_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
+from services.common.availability import Availability
 from services.common.executor import DeviceExecutor
 from services.common.server import Service
 from services.common.stage import Surroundings, served_models, stage_mounts
@@ -18,7 +20,9 @@ from services.denoiser.job import DenoiseJob
 from services.denoiser.load import report_load
 from services.denoiser.loop import DenoiseLoop
 from services.denoiser.preparation import Preparation
-from services.denoiser.registry import LOADERS, Denoiser
+from services.denoiser.ranks.group import restarting_error
+from services.denoiser.ranks.loading import RankLoading
+from services.denoiser.registry import Denoiser
 from services.denoiser.sampling.sampler import calls_per_step
 from services.denoiser.scheduler import SchedulerLimits, StepScheduler
 from services.denoiser.servicer import DenoiserServicer
@@ -40,12 +44,13 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     """
     device = configure_torch(settings.device, settings.threads)
     entries = served_models(settings)
-    loaded = load_stage("denoiser", entries, LOADERS, device, from_hub=settings.fetch)
+    availability = Availability()
+    loading = RankLoading(settings, surroundings.metrics, availability)
+    loaded = load_stage("denoiser", entries, loading.loaders(), device, from_hub=settings.fetch)
     engine = DenoiserEngine(loaded, settings.batch_cfg, settings.max_fused_bytes)
     models = {name: _describe(name, model, settings) for name, model in engine.models.items()}
     executor = DeviceExecutor("denoiser")
-    networks = {name: [model.network] for name, model in engine.models.items()}
-    library = AdapterLibrary(networks, executor, models, settings, surroundings.metrics)
+    library = AdapterLibrary(loading.networks, executor, models, settings, surroundings.metrics)
     library.load_manifest(entries)
     limits = SchedulerLimits(settings.max_running, settings.max_batch_rows, settings.queue_capacity)
     costs = StepCosts()
@@ -58,6 +63,13 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     denoising = Denoising(engine, loop, preparation, checkpoints, store, surroundings.metrics, models)
     servicer = DenoiserServicer(denoising, settings.heartbeat_seconds)
 
+    def model_changed(name: str, is_there: bool) -> None:
+        models[name].restarting = not is_there
+        if not is_there:
+            loop.hand_back(name, restarting_error(name, "a rank was lost"))
+
+    availability.listen(model_changed)
+
     async def start(address: str) -> None:
         surroundings.advertise(address)
         if settings.warm_up_steps > 0:
@@ -67,6 +79,8 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     async def close() -> None:
         await loop.close()
         executor.close()
+        availability.close()
+        await asyncio.to_thread(loading.close)
         await surroundings.close()
 
     capacity = settings.max_running + settings.queue_capacity
@@ -75,7 +89,16 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     mounts["safelight.v1.DenoiserService"] = lambda server: (
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
     )
-    return Service("denoiser", mounts, tuple(models), start, close, drain=loop.drain, until_fetched=store.until_empty)
+    return Service(
+        "denoiser",
+        mounts,
+        tuple(models),
+        start,
+        close,
+        drain=loop.drain,
+        until_fetched=store.until_empty,
+        availability=availability,
+    )
 
 
 def _warm_up(

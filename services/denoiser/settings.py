@@ -27,6 +27,9 @@ class DenoiserSettings(AdapterSettings):
     max_fused_bytes: int = setting(
         2 * 1024**3, "Most memory for a second copy of the layers that a much used set of LoRAs changes; 0: none."
     )
+    rank_answer_seconds: float = setting(
+        300.0, "Longest time of a step on several devices; then their processes are started again."
+    )
     warm_up_steps: int = setting(3, "Steps measured at start-up for each batch size, for the cost curve; 0: none.")
     warm_up_seconds: float = setting(1.0, "Longest time for that, of all models.")
 

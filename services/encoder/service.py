@@ -18,7 +18,9 @@ from services.encoder.settings import EncoderSettings
 from services.modeling.components import configure_torch
 from services.modeling.device_use import DeviceUse
 from services.modeling.loading import load_stage
+from services.modeling.lora.layouts import TEXT_ENCODERS
 from services.modeling.lora.library import AdapterLibrary
+from services.modeling.lora.reading import StageNetworks
 from services.modeling.lora.servicer import adapter_mount
 
 
@@ -33,7 +35,7 @@ def build_encoder(settings: EncoderSettings, surroundings: Surroundings) -> Serv
     encoders = load_stage("encoder", entries, LOADERS, device, from_hub=settings.fetch)
     models = {name: _describe(name, encoder, settings) for name, encoder in encoders.items()}
     executor = DeviceExecutor("encoder")
-    networks = {name: encoder.networks for name, encoder in encoders.items()}
+    networks = {name: StageNetworks(encoder.networks, TEXT_ENCODERS) for name, encoder in encoders.items()}
     library = AdapterLibrary(networks, executor, models, settings, surroundings.metrics)
     library.load_manifest(entries)
 

@@ -32,6 +32,7 @@ PUBLIC = [
     "LeaseExpiredError",
     "LoraConfig",
     "Model",
+    "ModelRestartingError",
     "NonFiniteError",
     "OutOfMemoryError",
     "OverloadedError",

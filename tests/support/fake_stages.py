@@ -166,6 +166,7 @@ class FakeDenoiser(DenoiserServiceServicer):
     requests: list[DenoiseRequest] = field(default_factory=list)
     states: list[bytes] = field(default_factory=list)
     cancelled: int = 0
+    restarting: bool = False
     store: TensorStore = field(default_factory=lambda: TensorStore(60.0, Metrics()))
     _channels: ChannelPool = field(default_factory=ChannelPool)
 
@@ -195,7 +196,10 @@ class FakeDenoiser(DenoiserServiceServicer):
         async def start(address: str) -> None:
             self.store.advertise(address)
 
-        mounts = _mounts(lambda: ModelDescription(name="fake", family="fake", denoiser=self.description)) | {
+        def describe() -> ModelDescription:
+            return ModelDescription(name="fake", family="fake", denoiser=self.description, restarting=self.restarting)
+
+        mounts = _mounts(describe) | {
             "safelight.v1.DenoiserService": lambda server: add_DenoiserServiceServicer_to_server(self, server),
             "safelight.v1.TensorExchangeService": lambda server: mount_exchange(exchange, server),
         }

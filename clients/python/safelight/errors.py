@@ -12,7 +12,8 @@
     ├── OutOfMemoryError          RESOURCE_EXHAUSTED   the request does not fit the device
     ├── FingerprintMismatchError  FAILED_PRECONDITION  other weights than those the request was planned with
     ├── StageUnavailableError     UNAVAILABLE          no healthy replica of a stage
-    │   └── StageDrainingError    UNAVAILABLE          the replica stops and hands its requests back
+    │   ├── StageDrainingError    UNAVAILABLE          the replica stops and hands its requests back
+    │   └── ModelRestartingError  UNAVAILABLE          its processes were lost and are started again; go on then
     ├── DeadlineExceededError     DEADLINE_EXCEEDED    time was up; the work was stopped
     │   └── DeadlineUnreachableError                   refused at once: the work would take longer than its deadline
     ├── RequestCancelledError     CANCELLED            the request was stopped on purpose
@@ -169,6 +170,12 @@ class StageDrainingError(StageUnavailableError):
     reason = pb.ERROR_REASON_STAGE_DRAINING
 
 
+class ModelRestartingError(StageUnavailableError):
+    """The processes that share a model were lost and are being started again; go on from the last checkpoint."""
+
+    reason = pb.ERROR_REASON_MODEL_RESTARTING
+
+
 class FingerprintMismatchError(SafelightError):
     """The weights of a stage, or those that made a tensor, are not those that the request was planned with."""
 
@@ -212,6 +219,7 @@ _BY_REASON: dict[str, type[SafelightError]] = {
         OutOfMemoryError,
         StageUnavailableError,
         StageDrainingError,
+        ModelRestartingError,
         FingerprintMismatchError,
         DeadlineUnreachableError,
         RequestCancelledError,

@@ -43,8 +43,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` of a stage ("encoder", "denoiser", "decoder") are done for a picture; a film's decoder has one
-    step for each latent frame."""
+    """`step` of `steps` of a stage ("encoder", "denoiser", "decoder") are done for a picture."""
 
     image_index: int
     stage: str

@@ -50,6 +50,8 @@ class FluxDenoiser:
         preview_map: from latents to colours; None: no previews.
     """
 
+    row_groups = 1
+
     def __init__(
         self,
         dit: Placed[FluxDiT],

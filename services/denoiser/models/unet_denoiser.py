@@ -87,6 +87,8 @@ class UNetDenoiser:
         preview_map: from latents to colours; None: no previews.
     """
 
+    row_groups = 1
+
     def __init__(
         self,
         family: UNetFamily,

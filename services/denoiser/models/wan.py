@@ -49,6 +49,7 @@ class WanDenoiser:
     """
 
     preview_map: LatentPreviewMap | None = None
+    row_groups = 1
 
     def __init__(
         self, dit: Placed[WanDiT], kind: WanKind, sampling: ModelSampling, checkpoint: Checkpoint, defaults: Defaults

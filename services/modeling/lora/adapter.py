@@ -56,6 +56,7 @@ class Adapter:
         fingerprint: of the file.
         changes: of each of the stage's networks, by component.
         match: what was made of the file.
+        nbytes: that it holds on the device.
     """
 
     name: str
@@ -63,11 +64,7 @@ class Adapter:
     fingerprint: str
     changes: Mapping[str, tuple[Change, ...]]
     match: Match
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds on the device."""
-        return sum(change.delta.nbytes for changes in self.changes.values() for change in changes)
+    nbytes: int
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 from weakref import WeakSet
 
 from safelight.errors import (
@@ -22,12 +23,21 @@ from services.common.manifest import ModelEntry
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
 from services.modeling.lora.adapter import Adapter, Applied
-from services.modeling.lora.layouts import DENOISER, TEXT_ENCODERS
-from services.modeling.lora.network import AdaptableNetwork
-from services.modeling.lora.reading import read_adapter
 from services.modeling.lora.settings import AdapterSettings
 
 _REPORTED_KEYS = 20
+
+
+class AdapterNetworks(Protocol):
+    """The networks of a model that are a stage's, wherever they are."""
+
+    def read(self, name: str, path: str) -> Adapter:
+        """The LoRA of a file, read for them; raises InvalidRequestError as `read_adapter`."""
+        ...
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what was made of an adapter that is unloaded, on the device's thread."""
+        ...
 
 
 class AdapterLibrary:
@@ -36,7 +46,7 @@ class AdapterLibrary:
     A request holds the adapters that it found, so one that is unloaded meanwhile lives until the request ends.
 
     Args:
-        networks: of each model, those that are the stage's.
+        networks: of each model.
         executor: of the device's thread.
         models: what is served; their lists of adapters are kept up to date.
         settings: the stage's, which say how much to hold.
@@ -45,7 +55,7 @@ class AdapterLibrary:
 
     def __init__(
         self,
-        networks: Mapping[str, Sequence[AdaptableNetwork]],
+        networks: Mapping[str, AdapterNetworks],
         executor: DeviceExecutor,
         models: dict[str, ModelDescription],
         settings: AdapterSettings,
@@ -74,7 +84,7 @@ class AdapterLibrary:
         async with self._loading:
             known = self._loaded[request.model].get(request.name)
             self._check_room(known is None)
-            read = await asyncio.to_thread(self._read, request.model, request.name, request.path)
+            read = await asyncio.to_thread(self._networks[request.model].read, request.name, request.path)
             if known is None:
                 self._keep(request.model, read)
             elif known.fingerprint != read.fingerprint:
@@ -93,7 +103,7 @@ class AdapterLibrary:
             for adapter in entry.adapters:
                 try:
                     self._check_room(is_new=True)
-                    self._keep(entry.name, self._read(entry.name, adapter.name, adapter.path))
+                    self._keep(entry.name, self._networks[entry.name].read(adapter.name, adapter.path))
                 except (InvalidRequestError, OutOfMemoryError) as error:
                     where = f"model {entry.name!r}: adapter {adapter.name!r}"
                     raise CheckpointError(f"{where}: {error.message}", file=adapter.path) from error
@@ -120,8 +130,7 @@ class AdapterLibrary:
             if adapter is None:
                 raise self._unknown(model, name, "is not loaded")
             self._changed(model)
-            for network in self._networks[model]:
-                await self._executor.run(partial(network.forget, adapter))
+            await self._executor.run(partial(self._networks[model].forget, adapter))
 
     def find(self, model: str, choices: Sequence[AdapterChoice]) -> tuple[Applied, ...]:
         """The adapters that a request names, with their scales, sorted by name; none for a scale of 0.
@@ -138,10 +147,6 @@ class AdapterLibrary:
                 raise self._unknown(model, choice.name, f"is {adapter.fingerprint} here, not {choice.fingerprint}")
             found.append(Applied(adapter, adapter_scale(choice)))
         return tuple(applied for applied in found if applied.scale)
-
-    def _read(self, model: str, name: str, path: str) -> Adapter:
-        components = (DENOISER,) if self._stage == "denoiser" else TEXT_ENCODERS
-        return read_adapter(name, path, self._networks[model], components)
 
     def _keep(self, model: str, adapter: Adapter) -> None:
         self._check_bytes(adapter)

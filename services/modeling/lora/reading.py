@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,7 +65,30 @@ def read_adapter(name: str, path: str, networks: Sequence[AdaptableNetwork], com
         checkpoint.fingerprint,
         {component: tuple(found) for component, found in changes.items()},
         Match(reading.layout, matched, tuple(unmatched)),
+        sum(change.delta.nbytes for found in changes.values() for change in found),
     )
+
+
+@dataclass(frozen=True)
+class StageNetworks:
+    """The networks of a model that are a stage's, as those that adapters are read for.
+
+    Args:
+        networks: all of them.
+        components: see `read_adapter`.
+    """
+
+    networks: Sequence[AdaptableNetwork]
+    components: Collection[str]
+
+    def read(self, name: str, path: str) -> Adapter:
+        """The LoRA of a file; see `read_adapter`."""
+        return read_adapter(name, path, self.networks, self.components)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what the networks have fused of it; called on the device's thread."""
+        for network in self.networks:
+            network.forget(adapter)
 
 
 def _layers(reading: Reading, components: Collection[str]) -> dict[tuple[str, str], dict[Role, str]]:

@@ -44,7 +44,7 @@ def _write_film(film: Pixels, output: pb.OutputOptions, comment: str = "") -> by
     try:
         for piece in (film[:1], film[1:5], film[5:]):
             writer.add(piece)
-        return writer.finish().read()
+        return writer.finish()
     finally:
         writer.discard()
 

@@ -88,6 +88,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the model has no adapter of that name, or another one; load it first.
     Example: {reason: "ERROR_REASON_UNKNOWN_ADAPTER", domain: "safelight", metadata: {adapter: "ghibli", model: "sdxl"}}
     """
+    ERROR_REASON_MODEL_RESTARTING: _ErrorReason.ValueType  # 17
+    """UNAVAILABLE: the processes that share a model were lost and are being started again; the last checkpoint before it says from where to go on, there or elsewhere.
+    Example: {reason: "ERROR_REASON_MODEL_RESTARTING", domain: "safelight", metadata: {stage: "denoiser", model: "wan"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. A program acts on the reason; the status message is for people."""
@@ -157,5 +161,9 @@ Example: {reason: "ERROR_REASON_CANCELLED", domain: "safelight"}
 ERROR_REASON_UNKNOWN_ADAPTER: ErrorReason.ValueType  # 16
 """NOT_FOUND: the model has no adapter of that name, or another one; load it first.
 Example: {reason: "ERROR_REASON_UNKNOWN_ADAPTER", domain: "safelight", metadata: {adapter: "ghibli", model: "sdxl"}}
+"""
+ERROR_REASON_MODEL_RESTARTING: ErrorReason.ValueType  # 17
+"""UNAVAILABLE: the processes that share a model were lost and are being started again; the last checkpoint before it says from where to go on, there or elsewhere.
+Example: {reason: "ERROR_REASON_MODEL_RESTARTING", domain: "safelight", metadata: {stage: "denoiser", model: "wan"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -32,10 +32,13 @@ class ModelDescription(_message.Message):
     DENOISER_FIELD_NUMBER: _builtins.int
     DECODER_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    RESTARTING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name requests use."""
     family: _builtins.str
     """Model family, e.g. "sd15"."""
+    restarting: _builtins.bool
+    """Whether the processes that share the model are being started again; work waits, or goes to another replica."""
     @_builtins.property
     def encoder(self) -> Global___EncoderDescription:
         """The text encoder's part; unset where it is not hosted."""
@@ -61,10 +64,11 @@ class ModelDescription(_message.Message):
         denoiser: Global___DenoiserDescription | None = ...,
         decoder: Global___DecoderDescription | None = ...,
         adapters: _abc.Iterable[_work_pb2.Adapter] | None = ...,
+        restarting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder", "family", b"family", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "decoder", b"decoder", "denoiser", b"denoiser", "encoder", b"encoder", "family", b"family", "name", b"name", "restarting", b"restarting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

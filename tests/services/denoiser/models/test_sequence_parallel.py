@@ -91,7 +91,7 @@ def _adapter(layers: dict[str, nn.Linear], seed: int) -> Adapter:
         )
         for path, layer in layers.items()
     )
-    return Adapter(f"of {seed}", "", str(seed), {DENOISER: changes}, Match("", len(changes), ()))
+    return Adapter(f"of {seed}", "", str(seed), {DENOISER: changes}, Match("", len(changes), ()), 0)
 
 
 def _no_adapters(network: nn.Module) -> AbstractContextManager[None]:

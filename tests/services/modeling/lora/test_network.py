@@ -82,7 +82,7 @@ def make_delta(form: str, shape: tuple[int, ...], seed: int) -> Delta:
 def make_adapter(network: AdaptableNetwork, form: str = "low rank", seed: int = 0) -> Adapter:
     (target,) = network.targets["layer"]
     delta = make_delta(form, network.weight_shape([target]), seed)
-    return Adapter(f"a{seed}", "", f"{form} {seed}", {"denoiser": (Change(target, delta),)}, Match("kohya", 2, ()))
+    return Adapter(f"a{seed}", "", f"{form} {seed}", {"denoiser": (Change(target, delta),)}, Match("kohya", 2, ()), 0)
 
 
 def make_input(network: AdaptableNetwork) -> Tensor:
@@ -174,7 +174,7 @@ def test_changes_of_parts_of_a_fused_layer_touch_their_rows_only() -> None:
     assert network.targets["to_k"] == (Target("0", NARROW, 2 * NARROW),)
     (target,) = network.targets["to_k"]
     delta = make_delta("low rank", (NARROW, NARROW), 0)
-    adapter = Adapter("k", "", "k", {"denoiser": (Change(target, delta),)}, Match("kohya", 2, ()))
+    adapter = Adapter("k", "", "k", {"denoiser": (Change(target, delta),)}, Match("kohya", 2, ()), 0)
     x = torch.randn(2, 3, NARROW)
     before = module(x)
     with network.with_branches([(Applied(adapter, 1.0),)] * 2):
