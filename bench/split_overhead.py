@@ -82,7 +82,7 @@ class DirectPipeline:
         for _ in range(job.steps):
             self._engine.step([job])
         image = self._decoder.decode(job.state.latents, DEFAULT_TILING)
-        return picture_file(to_pixels(image[0]), OutputOptions(), GenerationParameters()).data
+        return picture_file(to_pixels(image[0]), OutputOptions(), GenerationParameters()).content.read()
 
     def _start(self, seed: int, positive: Conditioning, negative: Conditioning) -> DenoiseJob:
         shape = (4, self._case.size // 8, self._case.size // 8)

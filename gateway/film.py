@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from safelight.errors import FieldViolation
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.tensor_pb2 import TensorRef
 from services.common.validation import check_range
 
 MAX_FPS = 120
@@ -27,6 +28,12 @@ def latent_frames(frames: int, model: ModelDescription) -> tuple[int, ...]:
 def whole_frames(frames: int, model: ModelDescription) -> int:
     """Frames of the longest film that a model makes of at most so many."""
     return frames - (frames - 1) % model.decoder.frames_per_latent
+
+
+def decoder_steps(latents: TensorRef) -> int:
+    """The decoder's steps for a latent [1, C, T, H, W], one a latent frame, or for that of a picture, [1, C, H, W]."""
+    shape = latents.header.shape
+    return shape[2] if len(shape) == 5 else 1
 
 
 def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:

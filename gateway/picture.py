@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
 from gateway.denoising import Denoising
+from gateway.film import decoder_steps
 from gateway.image_encoding import EncodedImage
 from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
@@ -97,9 +98,10 @@ class Picture:
             self.prompts.drop(encoded)
             self.image.drop(image)
             raise
-        self.report.progress("decoder", 0, 1)
+        frames = decoder_steps(denoised.latents)
+        self.report.progress("decoder", 0, frames)
         decoded = await self._decode(denoised)
-        self.report.progress("decoder", 1, 1)
+        self.report.progress("decoder", frames, frames)
         return self._receipt(encoded, denoised, decoded)
 
     async def _denoise(self, encoded: Encoded, image: EncodedImage) -> DenoiseResult:
@@ -133,13 +135,16 @@ class Picture:
         return await attempts.repeat(lambda: self._relay(request, attempts), self.ledger.timings, patience)
 
     async def _relay(self, request: DecodeRequest, attempts: Attempts) -> DecodeResult:
-        """Send the file's chunks on as they come; returns the decoder's result."""
+        """Send the progress and the file's chunks on as they come; returns the decoder's result."""
         offset = 0
         async with aclosing(self.calls.decode(request, attempts.failed)) as events:
             async for event in events:
                 if event.HasField("result"):
                     self.ledger.timings.append(event.result.timing)
                     return event.result
+                if event.HasField("progress"):
+                    self.report.progress("decoder", event.progress.step, event.progress.steps)
+                    continue
                 event.chunk.offset = offset
                 offset += len(event.chunk.data)
                 self.report.chunk(event.chunk)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from safelight import AsyncClient, GeneratedImage, InvalidRequestError, UnsupportedError
+from safelight import (
+    AsyncClient,
+    Event,
+    GeneratedImage,
+    GenerationOptions,
+    InvalidRequestError,
+    Progress,
+    UnsupportedError,
+)
 from tests.support.cluster import run_cluster
 from tests.support.tiny_wan import save_tiny_wan
 from tests.support.wan_layout import save_original_files
@@ -137,6 +147,34 @@ async def test_a_film_plays_at_its_speed_and_its_receipt_tells_how_it_was_made(m
     assert f"{WIDTH}x{HEIGHT}" in told
     assert "12 fps" in told
     assert f"frame={FRAMES:5d}" in told
+
+
+async def test_the_decoder_tells_its_latent_frames_and_stops_when_the_client_leaves(manifest: str) -> None:
+    options = GenerationOptions(
+        prompt=PROMPT, model="tiny", width=WIDTH, height=HEIGHT, num_frames=401, steps=1, guidance_scale=1.0
+    )
+    async with run_cluster(manifest) as cluster:
+        assert cluster.client is not None
+        async with aclosing(cluster.client.stream(options)) as events:
+            told = [event async for event in until_decoded(events, 3)]
+        await generate(cluster.client, num_frames=5, steps=1)  # the decoder is free again
+        begun = cluster.total("safelight_batch_size_count", stage="decoder")
+    assert [(each.step, each.steps) for each in told if each.stage == "decoder"] == [
+        (0, 101),
+        (1, 101),
+        (2, 101),
+        (3, 101),
+    ]
+    assert begun < 50
+
+
+async def until_decoded(events: AsyncIterator[Event], step: int) -> AsyncIterator[Progress]:
+    """The progress of a film up to a latent frame."""
+    async for event in events:
+        if isinstance(event, Progress):
+            yield event
+            if (event.stage, event.step) == ("decoder", step):
+                return
 
 
 async def test_the_exact_class_makes_the_same_file_again(manifest: str) -> None:

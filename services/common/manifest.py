@@ -18,7 +18,7 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +79,7 @@ class Part:
             bfloat16 with the large matrices stored in float8.
         offload: when the weights leave the GPU; empty: as the stage's setting says.
         memory_budget: most bytes of them on the GPU; None: as the stage's setting says.
+        allow_pickle: the files may be torch's own (.pth …), which are pickle.
     """
 
     path: WeightsPath = ""
@@ -86,6 +87,7 @@ class Part:
     dtype: str = "auto"
     offload: str = ""
     memory_budget: int | None = None
+    allow_pickle: bool = False
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -112,8 +114,10 @@ class Component(Part):
     def part(self, name: str) -> Part:
         """The network of that name; what is not said of it is the component's."""
         part = self.parts.get(name, Part())
-        path, dtype = part.path or self.path, self.dtype if part.dtype == "auto" else part.dtype
-        return offloaded(replace(part, path=path, dtype=dtype), self.offload, self.memory_budget)
+        dtype = self.dtype if part.dtype == "auto" else part.dtype
+        files = part if part.path else self
+        part = replace(part, path=files.path, allow_pickle=files.allow_pickle, dtype=dtype)
+        return offloaded(part, self.offload, self.memory_budget)
 
 
 SomePart = TypeVar("SomePart", bound=Part)
@@ -356,13 +360,13 @@ def offload_fault(offload: str, memory_budget: int | None) -> str | None:
 
 
 def _checked(cls: type[Any], entry: object, where: str) -> dict[str, Any]:
-    """The entry as keyword arguments of a dataclass whose fields are texts, but for the nested ones and a size."""
+    """The entry as keyword arguments of a dataclass whose fields are texts but for the nested ones and a few."""
     values = _known(cls, entry, where)
     return {name: value if name in _NESTED else _read(name, value, f"{where}.{name}") for name, value in values.items()}
 
 
 def _read(name: str, value: object, where: str) -> WeightsPath | int:
-    return _size(value, where) if name == "memory_budget" else _text(name, value, where)
+    return _READERS[name](value, where) if name in _READERS else _text(name, value, where)
 
 
 def _size(value: Any, where: str) -> int:
@@ -370,6 +374,15 @@ def _size(value: Any, where: str) -> int:
         return parse_byte_size(value)
     except ValueError as error:
         raise ManifestError(f"{where}: {value!r} is not a size such as 12GiB or 500MB, or a number of bytes") from error
+
+
+def _switch(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ManifestError(f"{where}: {value!r} must be true or false")
+    return value
+
+
+_READERS: Mapping[str, Callable[[Any, str], int]] = {"memory_budget": _size, "allow_pickle": _switch}
 
 
 def _known(cls: type[Any], entry: object, where: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch import Tensor
 from safelight.v1 import decoder_service_pb2 as pb
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import TensorRef
-from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, FileChunk, StageTiming
+from safelight.v1.work_pb2 import OUTPUT_FORMAT_LATENTS, StageTiming
 from services.common.batch_costs import WorkKind
-from services.common.exchange import CHUNK_BYTES, TensorReader, TensorStore
+from services.common.exchange import TensorReader, TensorStore
 from services.common.fingerprints import check_own_fingerprint, check_tensor_fingerprint
 from services.common.metrics import Metrics
 from services.common.model_servicer import find_model
 from services.common.picture_files import PictureLimits
 from services.common.received_bytes import received_bytes
 from services.decoder.device_work import DeviceWork
+from services.decoder.file_stream import stream_file
 from services.decoder.film_decoding import FilmDecoding
 from services.decoder.film_encoding import FilmEncoding
 from services.decoder.images import to_pixels
@@ -52,7 +53,7 @@ class Decoding:
     _reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_UPLOADS_READ_AT_ONCE))
 
     async def decode(self, request: pb.DecodeRequest) -> AsyncGenerator[pb.DecodeResponse, None]:
-        """The file's chunks, then the result.
+        """A film's progress, the file's chunks, then the result.
 
         Raises:
             SafelightError: of the kinds that DecoderService.Decode documents.
@@ -62,17 +63,12 @@ class Decoding:
         check_own_fingerprint(request.context, "decoder", description.fingerprint)
         check_tensor_fingerprint(request.context, "denoiser", request.latents.header, "latents")
         latents = await read_tensor(self.reader, request.latents, "latents")
-        if request.output.format == OUTPUT_FORMAT_LATENTS:
-            file, timing = latents_file(latents), StageTiming(stage="decoder")
-        elif description.frames_per_latent:
-            file, timing = await self.films.run(request, latents)
-        else:
-            file, timing = await self._picture(request, latents)
-        timing.received_bytes = received_bytes([request.latents], self.store.exchange_id)
-        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(file.data).digest())
-        for chunk in _chunks(file):
-            yield pb.DecodeResponse(chunk=chunk)
-        yield pb.DecodeResponse(result=_result(file, sha256, timing))
+        received = received_bytes([request.latents], self.store.exchange_id)
+        async with aclosing(await self._make(request, latents)) as events:
+            async for event in events:
+                if event.HasField("result"):
+                    event.result.timing.received_bytes = received
+                yield event
 
     async def encode_image(self, request: pb.EncodeImageRequest) -> pb.EncodeImageResponse:
         """The scaled latents of a picture file, and its mask at their size.
@@ -114,6 +110,14 @@ class Decoding:
     async def _lease(self, tensor: Tensor, layout: str, fingerprint: str = "") -> TensorRef:
         return await self.store.put(make_header(tensor, layout, fingerprint), TorchPayload(tensor))
 
+    async def _make(self, request: pb.DecodeRequest, latents: Tensor) -> AsyncGenerator[pb.DecodeResponse, None]:
+        """The events of a checked request."""
+        if request.output.format == OUTPUT_FORMAT_LATENTS:
+            return stream_file(latents_file(latents), StageTiming(stage="decoder"))
+        if self.models[request.model].decoder.frames_per_latent:
+            return self.films.run(request, latents)
+        return stream_file(*await self._picture(request, latents))
+
     async def _picture(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
         decoder = self.pictures[request.model]
         kind = WorkKind(request.model, tuple(latents.shape[1:]))
@@ -124,25 +128,3 @@ class Decoding:
             async with self._reading:
                 pixels = await asyncio.to_thread(paste_original, pixels, request, self.limits)
         return await asyncio.to_thread(picture_file, pixels, request.output, request.parameters), timing
-
-
-def _chunks(file: OutputFile) -> list[FileChunk]:
-    """The file in pieces; the first tells its type and size."""
-    chunks = [
-        FileChunk(data=file.data[start : start + CHUNK_BYTES], offset=start)
-        for start in range(0, len(file.data), CHUNK_BYTES)
-    ]
-    chunks[0].media_type, chunks[0].file_size = file.media_type, len(file.data)
-    return chunks
-
-
-def _result(file: OutputFile, sha256: bytes, timing: StageTiming) -> pb.DecodeResult:
-    return pb.DecodeResult(
-        media_type=file.media_type,
-        file_size=len(file.data),
-        width=file.width,
-        height=file.height,
-        frames=file.frames,
-        timing=timing,
-        sha256=sha256,
-    )

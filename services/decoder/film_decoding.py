@@ -17,6 +17,7 @@ from safelight.v1.work_pb2 import StageTiming
 from services.common.batch_costs import WorkKind
 from services.common.executor import DeviceExecutor
 from services.decoder.device_work import DeviceWork
+from services.decoder.file_stream import stream_file
 from services.decoder.film_files import FilmWriter, open_film_writer
 from services.decoder.generation_parameters import parameters_text
 from services.decoder.images import to_pixels
@@ -44,8 +45,8 @@ class FilmDecoding:
     device: DeviceWork
     tiling: Tiling
 
-    async def run(self, request: pb.DecodeRequest, latents: Tensor) -> tuple[OutputFile, StageTiming]:
-        """The file of a checked request, whose latents are [1, C, T, h, w].
+    async def run(self, request: pb.DecodeRequest, latents: Tensor) -> AsyncGenerator[pb.DecodeResponse, None]:
+        """The events of a checked request, whose latents are [1, C, T, h, w]: its progress, the file, the result.
 
         Other requests' work goes between the pieces. When the caller goes away, what is not decoded yet is left, and
         nothing of the film stays behind.
@@ -59,17 +60,22 @@ class FilmDecoding:
         fps = request.parameters.fps or DEFAULT_FPS
         writer = open_film_writer(request.output, (width, height), fps, comment)
         writing = DeviceExecutor("film")
-        timing, frames = StageTiming(stage="decoder"), 0
+        timing, frames, progress = StageTiming(stage="decoder"), 0, pb.DecodeProgress(steps=latents.shape[2])
         try:
             async with aclosing(self._pieces(request.model, latents, timing)) as pieces:
                 async for piece in pieces:
                     await writing.run(partial(_write, writer, piece))
                     frames += len(piece)
-            data = await writing.run(writer.finish)
+                    progress.step += 1
+                    yield pb.DecodeResponse(progress=progress)
+            content = await writing.run(writer.finish)
+            file = OutputFile(content, writer.media_type, width, height, frames)
+            async with aclosing(stream_file(file, timing)) as events:
+                async for event in events:
+                    yield event
         finally:
             await asyncio.shield(writing.run(writer.discard))
             writing.close()
-        return OutputFile(data, writer.media_type, width, height, frames), timing
 
     async def _pieces(self, model: str, latents: Tensor, timing: StageTiming) -> AsyncGenerator[Tensor, None]:
         """The frames [n, 3, H, W] of each latent frame; while one is taken, the next is computed."""

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import imageio_ffmpeg
 import numpy as np
@@ -42,8 +42,8 @@ class FilmWriter(Protocol):
         """The next frames, levels [T, H, W, 3]."""
         ...
 
-    def finish(self) -> bytes:
-        """The film's file; nothing may be added any more."""
+    def finish(self) -> BinaryIO:
+        """The film's file, to be read until `discard`; nothing may be added any more."""
         ...
 
     def discard(self) -> None:
@@ -115,6 +115,7 @@ class FfmpegWriter:
         written = ["-c:v", codec.codec, "-pix_fmt", codec.pixel_format, *codec.arguments(quality, comment)]
         self._arguments = ["-loglevel", "error", *given, *written, str(self._file)]
         self._process: subprocess.Popen[bytes] | None = None
+        self._written: BinaryIO | None = None
 
     def add(self, frames: Pixels) -> None:
         try:
@@ -122,7 +123,7 @@ class FfmpegWriter:
         except BrokenPipeError as error:
             raise self._failure() from error
 
-    def finish(self) -> bytes:
+    def finish(self) -> BinaryIO:
         process = self._started()
         try:
             _pipe(process).close()
@@ -130,7 +131,8 @@ class FfmpegWriter:
             raise self._failure() from error
         if process.wait() != 0:
             raise self._failure()
-        return self._file.read_bytes()
+        self._written = self._file.open("rb")
+        return self._written
 
     def discard(self) -> None:
         if self._process is not None:
@@ -138,6 +140,8 @@ class FfmpegWriter:
             self._process.wait()
             with contextlib.suppress(BrokenPipeError):  # what was not written yet is not wanted any more
                 _pipe(self._process).close()
+        if self._written is not None:
+            self._written.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -160,7 +164,7 @@ class FramesWriter:
     media_type = "application/zip"
 
     def __init__(self, comment: str) -> None:
-        self._file = tempfile.TemporaryFile(prefix="safelight-film-")  # noqa: SIM115 - closed by `discard`
+        self._file: BinaryIO = tempfile.TemporaryFile(prefix="safelight-film-")  # noqa: SIM115 - closed by `discard`
         self._archive = zipfile.ZipFile(self._file, "w")
         self._count = 0
         if comment:
@@ -173,10 +177,10 @@ class FramesWriter:
             self._archive.writestr(_FORMAT_OF_FRAMES.format(self._count), data.getvalue())
             self._count += 1
 
-    def finish(self) -> bytes:
+    def finish(self) -> BinaryIO:
         self._archive.close()
         self._file.seek(0)
-        return self._file.read()
+        return self._file
 
     def discard(self) -> None:
         self._archive.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -27,9 +29,9 @@ _LATENTS_MEDIA_TYPE = "application/vnd.safetensors"
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A finished file; width, height and frames are 0 when there is nothing to see in it."""
+    """A finished file, at its beginning; width, height and frames are 0 when there is nothing to see in it."""
 
-    data: bytes
+    content: BinaryIO
     media_type: str
     width: int = 0
     height: int = 0
@@ -51,13 +53,13 @@ def picture_file(
     except PictureError as error:
         raise InvalidRequestError.of("output", str(error)) from error
     height, width = pixels.shape[:2]
-    return OutputFile(data, f"image/{picture_format.value.lower()}", width, height, frames=1)
+    return OutputFile(io.BytesIO(data), f"image/{picture_format.value.lower()}", width, height, frames=1)
 
 
 def latents_file(latents: Tensor) -> OutputFile:
     """A safetensors file with the one tensor "latents"."""
     data = safetensors.torch.save({"latents": latents.cpu().contiguous()})
-    return OutputFile(bytes(data), _LATENTS_MEDIA_TYPE)
+    return OutputFile(io.BytesIO(data), _LATENTS_MEDIA_TYPE)
 
 
 def _distilled_scale(guidance: pb.GuidanceOptions) -> dict[str, ParameterValue]:

@@ -67,11 +67,12 @@ def open_component(entry: ModelEntry, part: Part, folder: str) -> Source:
     """
     paths = [_existing(entry, path) for path in part.paths or entry.paths]
     if len(paths) > 1:
-        return Source(open_checkpoint(paths), None)
+        return Source(open_checkpoint(paths, allow_pickle=part.allow_pickle), None)
     path = paths[0]
     if path.is_dir() and not part.path:
         path = _existing(entry, path / folder)
-    return Source(open_checkpoint(path), read_json(path / "config.json") if path.is_dir() else None)
+    checkpoint = open_checkpoint(path, allow_pickle=part.allow_pickle)
+    return Source(checkpoint, read_json(path / "config.json") if path.is_dir() else None)
 
 
 def _existing(entry: ModelEntry, path: Path) -> Path:

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from safelight.errors import CheckpointError
+from services.modeling.mapped_memory import release_mapped
 
 _PLAIN_DTYPES = {
     GGMLQuantizationType.F32: torch.float32,
@@ -59,12 +60,14 @@ class GgufFile:
             dtype = _PLAIN_DTYPES[stored.tensor_type]
             return torch.from_numpy(stored.data).view(dtype).reshape(self.shape(name))
         try:
-            return torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
+            values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)).reshape(self.shape(name))
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self._file}: {name} is of type {stored.tensor_type.name}, which can't be dequantized; take a file "
                 "with F16, BF16, Q8_0 or K-quants"
             ) from error
+        release_mapped(torch.from_numpy(stored.data))
+        return values
 
     def stored(self, name: str) -> tuple[str, Tensor]:
         stored = self._tensors[name]

@@ -123,7 +123,7 @@ def place(
         shares: what this rank has of it.
 
     Raises:
-        CheckpointError: the weights shall be offloaded, and are shared by blocks (FSDP).
+        CheckpointError: there is a budget, and ranks keep parts of the blocks (FSDP).
         ValueError: a parameter is in no block.
     """
     _check_complete(network, blocks)
@@ -131,8 +131,7 @@ def place(
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
     if shares.gathered.size > 1:
-        _check_no_offload(placement)
-        return Placed(network, placement, gathered_weights(network, shares, blocks, placement.device), shares)
+        return Placed(network, placement, _gathered(network, placement, blocks, shares), shares)
     if placement.offloads:
         streamed = OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
         return Placed(network, placement, streamed, shares)
@@ -154,12 +153,16 @@ def _check_complete(network: nn.Module, blocks: Sequence[WeightBlock]) -> None:
         raise ValueError(f"{type(network).__name__}: {left[0]} and {len(left) - 1} more are in no block")
 
 
-def _check_no_offload(placement: Placement) -> None:
-    if placement.offloads:
+def _gathered(
+    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], shares: Shares
+) -> OffloadedWeights:
+    if placement.offloads and not placement.residency.leaves_when_idle:
         raise CheckpointError(
-            "weights that ranks share by blocks ('fsdp') can't be offloaded too: leave out 'offload' and "
-            "'memory_budget', or take more ranks"
+            "weights of which each rank keeps a part ('fsdp') take that part and two blocks of memory, and no other "
+            "'memory_budget': leave it out, or offload the parts too ('offload: cpu_offload')"
         )
+    transfer = transfer_to(placement.device)
+    return gathered_weights(network, shares, blocks, transfer, offloads=placement.offloads)
 
 
 def _move_buffers(network: nn.Module, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is one or several safetensors or GGUF files, mapped into memory: opening it reads the headers only, and a
 tensor's pages are read when it is placed. A module is built under `torch.device("meta")` and receives its tensors one
-at a time, on their device and in their dtype, so that RAM never holds the weights twice. Pickle files are never read.
+at a time, on their device and in their dtype, so that RAM never holds the weights twice. Pickle files are read only
+where the operator allows it.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +24,12 @@ from services.common.weight_files import FOLDER_FILES
 from services.modeling.gguf_file import GgufFile
 from services.modeling.mapped_memory import release_mapped
 from services.modeling.parallel.shards import WHOLE, Shard, Shares
+from services.modeling.pickle_file import PICKLE_SUFFIXES, PickleFile
+from services.modeling.scaled_file import ScaledFile
+from services.modeling.tensor_file import Shape, TensorFile
 
-_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 _SAMPLE_BYTES = 4096
 _NAMED_KEYS = 3
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,6 @@ class Piece:
 
 Source = str | Piece
 """What a module's tensor is made of: a tensor of the checkpoint by its name, or a piece of one."""
-
-
-class TensorFile(Protocol):
-    """One file of a checkpoint, its header read."""
-
-    def keys(self) -> Collection[str]:
-        """The names of the tensors."""
-        ...
-
-    def metadata(self) -> Mapping[str, str]:
-        """What the header says in words."""
-        ...
-
-    def shape(self, name: str) -> Shape:
-        """The shape of a tensor, from the header alone."""
-        ...
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor on the CPU, as numbers."""
-        ...
-
-    def stored(self, name: str) -> tuple[str, Tensor]:
-        """The name of the type that the file has the tensor in, and its bytes as they are there."""
-        ...
 
 
 class SafetensorsFile:
@@ -120,7 +97,11 @@ class SafetensorsFile:
         return str(tensor.dtype), tensor.reshape(-1).view(torch.uint8)
 
 
-_TENSOR_FILES: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
+_TENSOR_FILES: dict[str, Callable[[Path], TensorFile]] = {
+    ".safetensors": SafetensorsFile,
+    ".gguf": GgufFile,
+    **dict.fromkeys(PICKLE_SUFFIXES, PickleFile),
+}
 
 
 class Checkpoint:
@@ -132,7 +113,7 @@ class Checkpoint:
         self.metadata: dict[str, str] = {}
         """What the files' headers say in words."""
         for file in self.files:
-            opened = _TENSOR_FILES[file.suffix](file)
+            opened = ScaledFile(_TENSOR_FILES[file.suffix](file))
             self._owner.update(dict.fromkeys(opened.keys(), opened))
             self.metadata.update(opened.metadata())
 
@@ -174,13 +155,18 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(path: Path | Sequence[Path]) -> Checkpoint:
+def open_checkpoint(path: Path | Sequence[Path], *, allow_pickle: bool = False) -> Checkpoint:
     """Opens a safetensors or GGUF file, several merged in order, a sharded checkpoint's index, or a folder with one.
+
+    With `allow_pickle`, which is the operator's word, files that torch saved may be among them.
 
     Raises CheckpointError when there is no such file, when it is of another format, or when it is damaged.
     """
     paths = [path] if isinstance(path, Path) else list(path)
-    return Checkpoint([file for entry in paths for file in _resolve(entry)])
+    files = [file for entry in paths for file in _resolve(entry)]
+    for file in files:
+        _check_format(file, allow_pickle)
+    return Checkpoint(files)
 
 
 def load_weights(
@@ -246,21 +232,32 @@ class WholeWeights:
 
 
 def _resolve(path: Path) -> list[Path]:
-    """The safetensors files that `path` stands for."""
+    """The files that `path` stands for."""
     if path.is_dir():
         return _resolve(_file_in_folder(path))
-    if path.suffix in _PICKLE_SUFFIXES:
+    if path.suffix == ".json":
+        _check_exists(path)
+        return _shards(path)
+    return [path]
+
+
+def _check_format(file: Path, allow_pickle: bool) -> None:
+    if file.suffix in PICKLE_SUFFIXES and not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle file, which can run code while it loads, so it is never read; convert it once: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+            f"{file} is a pickle file, which can run code while it loads, so it is not read; convert it once: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors'), or allow it in the "
+            "manifest for the network that is in it: {path: …, allow_pickle: true}"
         )
-    if path.suffix not in {*_TENSOR_FILES, ".json"}:
+    if file.suffix not in _TENSOR_FILES:
         raise CheckpointError(
-            f"{path} has an unknown suffix; give a .safetensors or .gguf file, an index .json or a folder"
+            f"{file} has an unknown suffix; give a .safetensors or .gguf file, an index .json or a folder"
         )
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; check the path or download the file first")
-    return _shards(path) if path.suffix == ".json" else [path]
+    _check_exists(file)
+
+
+def _check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; check the path or download the file first")
 
 
 def _file_in_folder(folder: Path) -> Path:

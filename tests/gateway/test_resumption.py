@@ -20,7 +20,7 @@ from safelight.errors import (
     from_rpc_error,
 )
 from safelight.v1 import work_pb2 as work
-from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse
+from safelight.v1.decoder_service_pb2 import DecodeProgress, DecodeRequest, DecodeResponse
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse, Heartbeat, LatentPreview
 from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
 from safelight.v1.generation_service_pb2 import GenerateRequest, GenerateResponse, ImageReceipt
@@ -357,6 +357,24 @@ async def test_a_decoder_lost_in_the_middle_of_the_file_means_the_file_again_fro
     assert offsets == [0, 0, len(FILE) // 2]
     assert file_of(events) == FILE
     assert [timing.stage for timing in receipt_of(events).timings] == ["encoder", "denoiser", "decoder", "decoder"]
+
+
+async def test_the_client_is_told_each_latent_frame_once_though_its_decoder_was_lost(deploy: Deploy) -> None:
+    calls: list[int] = []
+
+    async def lost_once(request: DecodeRequest) -> AsyncGenerator[DecodeResponse, None]:
+        calls.append(len(calls))
+        for number in range(1, 4):
+            if len(calls) == 1 and number == 3:
+                raise StageDrainingError("is stopping", stage="decoder")
+            yield DecodeResponse(progress=DecodeProgress(step=number, steps=3))
+        async for event in whole_file(request):
+            yield event
+
+    deployment = await deploy([FakeDenoiser(rest)], [FakeDecoder(lost_once)] * 2)
+    events = await deployment.events(REQUEST)
+    told = [event.progress.step for event in events if event.progress.stage == "decoder"]
+    assert (told, len(calls), file_of(events)) == ([0, 1, 2, 3], 2, FILE)
 
 
 async def test_a_silent_encoder_is_left_for_another(deploy: Deploy) -> None:

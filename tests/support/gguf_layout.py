@@ -12,12 +12,17 @@ from torch import Tensor
 
 
 def save_gguf(path: Path, tensors: Mapping[str, Tensor], quantization: GGMLQuantizationType) -> dict[str, Tensor]:
-    """Write matrices quantized and vectors in float32, as converters do; returns what a reader must make of them."""
+    """Write what makes whole blocks quantized and the rest in float32, as converters do.
+
+    Returns what a reader must make of them.
+    """
+    block, _ = gguf.GGML_QUANT_SIZES[quantization]
     writer = gguf.GGUFWriter(path, "test")
     read = {}
     for name, tensor in tensors.items():
         values = tensor.float().numpy()
-        kind = quantization if tensor.ndim > 1 else GGMLQuantizationType.F32
+        in_blocks = tensor.ndim > 1 and tensor.shape[-1] % block == 0
+        kind = quantization if in_blocks else GGMLQuantizationType.F32
         data = gguf.quantize(values, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         read[name] = torch.from_numpy(gguf.dequantize(data, kind)).reshape(tensor.shape).clone()

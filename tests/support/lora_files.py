@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd, prod
 from pathlib import Path
 
 import torch
@@ -44,6 +45,38 @@ def dotted(
         matrices = low_rank(shape, rank, seed + 10 * index)
         tensors |= {f"{layer}.{word}.weight": each for word, each in zip((down, up), matrices, strict=True)}
     return tensors
+
+
+def of_every_kind(layers: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """kohya's names: LoRA, DoRA, LoHa and LoKr in turns; layers: shapes by the names with prefix."""
+    tensors: Tensors = {}
+    for index, (layer, shape) in enumerate(layers.items()):
+        kind = (_lora, _dora, _loha, _lokr)[index % 4]
+        tensors |= {f"{layer}.{role}": tensor for role, tensor in kind(shape, 100 * index).items()}
+    return tensors
+
+
+def _lora(shape: tuple[int, ...], seed: int) -> Tensors:
+    down, up = low_rank(shape, 4, seed)
+    return {"lora_down.weight": down, "lora_up.weight": up}
+
+
+def _dora(shape: tuple[int, ...], seed: int) -> Tensors:
+    lengths = 1.0 + random_tensor(shape[0], *[1] * (len(shape) - 1), seed=seed + 2)
+    return {**_lora(shape, seed), "dora_scale": lengths}
+
+
+def _loha(shape: tuple[int, ...], seed: int) -> Tensors:
+    width = prod(shape[1:])
+    halves = {"a": (shape[0], 2), "b": (2, width)}
+    names = [f"hada_w{number}_{half}" for number in (1, 2) for half in halves]
+    return {name: random_tensor(*halves[name[-1]], seed=seed + place) for place, name in enumerate(names)}
+
+
+def _lokr(shape: tuple[int, ...], seed: int) -> Tensors:
+    left = (gcd(shape[0], 2), gcd(shape[1], 2))
+    right = (shape[0] // left[0], shape[1] // left[1], *shape[2:])
+    return {"lokr_w1": random_tensor(*left, seed=seed), "lokr_w2": random_tensor(*right, seed=seed + 1)}
 
 
 def save(tensors: Tensors, file: Path, metadata: Mapping[str, str] | None = None) -> Path:

@@ -43,7 +43,8 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` of a stage ("encoder", "denoiser", "decoder") are done for a picture."""
+    """`step` of `steps` of a stage ("encoder", "denoiser", "decoder") are done for a picture; a film's decoder has one
+    step for each latent frame."""
 
     image_index: int
     stage: str

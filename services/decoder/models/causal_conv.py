@@ -41,14 +41,15 @@ class CausalConv3d(TensorModule):
         self._padding = (0, kernel[1] // 2, kernel[2] // 2)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        before = past.get(self)
-        if before is None:
-            before = x.new_zeros(self._frames_before, *x.shape[1:])
-        frames = torch.cat([before, x])
+        # Not torch.cat, which may choose the other memory format, and every convolution would bring it back.
+        frames = x.new_empty(self._frames_before + len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        frames[: self._frames_before] = past.get(self, 0)
+        frames[self._frames_before :] = x
+        skipped = self._frames_before if self not in past and len(x) == 1 else 0  # zeros, which add nothing
         past[self] = frames[len(x) :].clone()  # not a view: that would keep the whole piece
         if self._tiles is None:
-            return _conv3d(frames, self.weight, self.bias, padding=self._padding)
-        return self._convolve_in_tiles(frames, self._tiles)
+            return _conv3d(frames[skipped:], self.weight[:, :, skipped:], self.bias, padding=self._padding)
+        return self._convolve_in_tiles(frames[skipped:], self._tiles[skipped:])
 
     def pack(self) -> None:
         """A wide 3x3x3 kernel in float32 becomes three 3x3 ones, one a frame, with fewer products each."""
@@ -66,7 +67,7 @@ class CausalConv3d(TensorModule):
         return bytes_of_tiles(self.weight) if is_tiled else 0
 
     def _convolve_in_tiles(self, frames: Tensor, kernels: Sequence[Tiles]) -> Tensor:
-        length = len(frames) - self._frames_before
+        length = len(frames) - len(kernels) + 1
         out = tiled_conv2d(frames[:length], kernels[0], self.bias, None)
         for number, tiles in enumerate(kernels[1:], start=1):
             out = tiled_conv2d(frames[number : number + length], tiles, None, out)

@@ -25,6 +25,8 @@ from services.modeling.weights import Checkpoint, CheckpointError, Source, load_
 
 _EMBEDDING = "embed_tokens.weight"
 _POSITIONS = "block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+# Copies of the embedding, and the tokenizer that ComfyUI's files of UMT5 hold.
+_IGNORED = ("shared.weight", "encoder.embed_tokens.weight", "spiece_model")
 _BLOCK = re.compile(r"block\.(\d+)\.(.*)")
 _LAYERS_OF_LLAMA_CPP = {
     "layer.0.SelfAttention.q": "attn_q",
@@ -136,9 +138,15 @@ def load_t5(
         # Of its two names for one embedding only the stack's is loaded.
         stack = _network(options, is_umt5=layout.source(_POSITIONS.format(1)) in checkpoint).encoder
     sources = {name: (layout.source(name),) for name in stack.state_dict()}
-    copies = {layout.prefix + name for name in ("shared.weight", "encoder.embed_tokens.weight")}
     load_weights(
-        stack, checkpoint, sources, device=device, dtype=dtype, prefix=layout.prefix, ignored=copies, float8=float8
+        stack,
+        checkpoint,
+        sources,
+        device=device,
+        dtype=dtype,
+        prefix=layout.prefix,
+        ignored={layout.prefix + name for name in _IGNORED},
+        float8=float8,
     )
     if dtype == torch.float16:
         _keep_wide_sums(stack)

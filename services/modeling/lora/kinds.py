@@ -110,8 +110,9 @@ def _kronecker(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> De
     left, left_rank = _factor(tensors, "lokr_w1")
     right, right_rank = _factor(tensors, "lokr_w2")
     rank = left_rank or right_rank
-    if right.ndim == 2:
-        right = right.reshape(len(right), -1, *shape[2:])
+    right = right.flatten(1) if math.prod(right.shape[2:]) == 1 else right
+    if right.ndim == 2 and right.shape[1] % math.prod(shape[2:]) == 0:
+        right = right.view(len(right), -1, *shape[2:])
     fits = left.ndim == 2 and right.ndim == len(shape)
     if not fits or (len(left) * len(right), left.shape[1] * right.shape[1], *right.shape[2:]) != shape:
         raise MisfitError(f"is a product of {list(left.shape)} and {list(right.shape)}; must make {list(shape)}")

@@ -5,7 +5,8 @@ slots, and one block ahead of the computation; only that a block comes from the 
 torch's own FSDP2 knows no slots: it allocates each block and copies it once more out of what was gathered.
 
 Matrices are cut by rows, so that each is gathered into its place in the slot and is whole there. Vectors, which are
-small, and what can't be cut evenly every rank has whole.
+small, and what can't be cut evenly every rank has whole. What a rank has may also lie in its host memory while the
+network has no work (offload); it comes to the device on its way to the others then.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from services.modeling.parallel.mesh import Axis
 from services.modeling.parallel.shards import Shard, Shares, even_shard, leave_shard
 from services.modeling.residency import Residency
 from services.modeling.weight_streaming import FlatLayout, OffloadedWeights, WeightBlock
-from services.modeling.weight_transfer import transfer_to
+from services.modeling.weight_transfer import Transfer
 
-_ALL_STREAM = Residency(budget_bytes=0)
 # Its name since torch 2.13, and the one before.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
@@ -39,37 +39,49 @@ def share_rows(network: nn.Module, axis: Axis) -> dict[str, Shard]:
 
 
 def gathered_weights(
-    network: nn.Module, shares: Shares, blocks: Sequence[WeightBlock], device: torch.device
+    network: nn.Module, shares: Shares, blocks: Sequence[WeightBlock], transfer: Transfer, *, offloads: bool
 ) -> OffloadedWeights:
     """The weights of a network that was loaded by rows, gathered from here on for each block's turn.
 
-    Every rank of the axis must compute the same blocks in the same order, as often as the others.
+    Every rank of the axis must compute the same blocks in the same order, as often as the others, and leave with them.
+
+    Args:
+        network: loaded.
+        shares: what this rank has of it.
+        blocks: see `OffloadedWeights`.
+        transfer: see `OffloadedWeights`.
+        offloads: what a rank has lies in host memory, and nothing is on the device while the network has no work.
     """
     by_rows = {
         parameter
         for path, _, kind in (name.rpartition(".") for name in shares.shards)
         for parameter in stored_parameters(network.get_submodule(path), kind)
     }
-    flatten = partial(RowsOfWeights, shares.gathered, by_rows)
-    return OffloadedWeights(blocks, _ALL_STREAM, transfer_to(device), flatten)
+    flatten = partial(RowsOfWeights, shares.gathered, by_rows, home_on_device=not offloads)
+    return OffloadedWeights(blocks, Residency(budget_bytes=0, leaves_when_idle=offloads), transfer, flatten)
 
 
 class RowsOfWeights:
-    """A block's parameters, of some of which this rank keeps rows, as one stretch of memory on the device.
+    """A block's parameters, of some of which this rank keeps rows, as one stretch of memory.
 
     Args:
         axis: of the ranks that have the other rows.
         by_rows: those parameters.
         name: of the block.
         parameters: of the block, as this rank keeps them.
+        home_on_device: where that memory is.
     """
 
-    home_on_device = True
-
     def __init__(
-        self, axis: Axis, by_rows: Collection[nn.Parameter], name: str, parameters: Sequence[nn.Parameter]
+        self,
+        axis: Axis,
+        by_rows: Collection[nn.Parameter],
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        *,
+        home_on_device: bool,
     ) -> None:
-        self.name = name
+        self.name, self.home_on_device = name, home_on_device
         self._axis, self._parameters = axis, parameters
         self._kept = FlatLayout(parameters)
         self._whole = FlatLayout([_whole(each, axis.size) if each in by_rows else each for each in parameters])
@@ -89,7 +101,8 @@ class RowsOfWeights:
 
     def fetch(self, home: Tensor, room: Tensor) -> None:
         """Gather each parameter, with all ranks, into its place."""
-        for kept, whole in zip(self._kept.stretches(home), self._whole.stretches(room), strict=True):
+        on_device = home.to(room.device, non_blocking=True)
+        for kept, whole in zip(self._kept.stretches(on_device), self._whole.stretches(room), strict=True):
             if kept.numel() == whole.numel():
                 whole.copy_(kept, non_blocking=True)
             else:

@@ -115,6 +115,7 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
             "models: [{name: a, path: b, encoder: {offload: sequential_cpu_offload, memory_budget: 1GiB}}]",
             r"encoder\.memory_budget: sequential_cpu_offload keeps nothing on the GPU",
         ),
+        ("models: [{name: a, path: b, decoder: {allow_pickle: 'yes'}}]", r"allow_pickle: 'yes' must be true or false"),
         ("models: [{name: a, path: b, defaults: 4}]", r"models\[0\]\.defaults: must be a mapping"),
         ("models: [{name: a, path: b, defaults: {stepps: 4}}]", r"defaults: 'stepps' is not a field"),
         ("models: [{name: a, path: b, defaults: {steps: 0}}]", r"defaults\.steps: 0 must be a whole number"),
@@ -167,3 +168,9 @@ def test_a_network_is_offloaded_as_it_says_else_as_its_stage_s_part_says_else_as
         ("cpu_offload", None),
         ("sequential_cpu_offload", None),
     ]
+
+
+def test_pickle_is_allowed_for_the_files_that_it_stands_beside(file: Path) -> None:
+    file.write_text("models: [{name: a, path: b, encoder: {path: c, allow_pickle: true, parts: {t5: {path: d}}}}]")
+    (entry,) = load_manifest(str(file))
+    assert [entry.encoder.part(name).allow_pickle for name in ("clip_l", "t5")] == [True, False]

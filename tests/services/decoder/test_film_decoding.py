@@ -17,21 +17,30 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError, NonFiniteError, UnsupportedError, from_rpc_error
+from safelight.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    NonFiniteError,
+    UnsupportedError,
+    from_rpc_error,
+)
 from safelight.v1 import work_pb2
 from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResult, EncodeImageRequest
 from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
 from services.decoder.images import to_pixels
 from services.decoder.service import build_decoder
 from services.decoder.settings import DecoderSettings
-from tests.serving import StartStage, failure
+from tests.serving import Running, StartStage, failure
 from tests.support.stage_requests import decode_request
 from tests.support.tiny_wan import save_tiny_wan
 
 LATENT_FRAMES, FRAMES = 3, 9
 LATENTS = torch.randn(1, 16, LATENT_FRAMES, 6, 8, generator=torch.Generator().manual_seed(0))
 
+LONG = LATENTS.repeat(1, 1, 200, 1, 1)  # some 10 seconds of work
+
 Start = Callable[..., Awaitable[DecoderServiceStub]]
+StartRunning = Callable[..., Awaitable[Running]]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +49,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(start_stage: StartStage, model: Path, tmp_path: Path) -> Start:
+def start_running(start_stage: StartStage, model: Path, tmp_path: Path) -> StartRunning:
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text(f"models:\n  - {{name: tiny, path: {model}}}\n")
 
-    async def start_decoder(**settings: Any) -> DecoderServiceStub:
-        running = await start_stage(DecoderSettings(manifest=str(manifest), device="cpu", **settings), build_decoder)
-        return DecoderServiceStub(running.channel)
+    async def start_decoder(**settings: Any) -> Running:
+        return await start_stage(DecoderSettings(manifest=str(manifest), device="cpu", **settings), build_decoder)
 
     return start_decoder
+
+
+@pytest.fixture
+def start(start_running: StartRunning) -> Start:
+    async def start_decoder(**settings: Any) -> DecoderServiceStub:
+        return DecoderServiceStub((await start_running(**settings)).channel)
+
+    return start_decoder
+
+
+@pytest.fixture
+def films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where films are written."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 def request(latents: Tensor = LATENTS, **output: Any) -> DecodeRequest:
@@ -58,8 +83,8 @@ def request(latents: Tensor = LATENTS, **output: Any) -> DecodeRequest:
     return wanted
 
 
-async def decode(stub: DecoderServiceStub, wanted: DecodeRequest) -> tuple[bytes, DecodeResult]:
-    events = [event async for event in stub.Decode(wanted, timeout=60)]
+async def decode(stub: DecoderServiceStub, wanted: DecodeRequest, timeout: float = 60) -> tuple[bytes, DecodeResult]:
+    events = [event async for event in stub.Decode(wanted, timeout=timeout)]
     return b"".join(event.chunk.data for event in events[:-1]), events[-1].result
 
 
@@ -117,23 +142,68 @@ async def test_tiles_change_a_film_little(start: Start) -> None:
     assert np.abs(whole - tiled).mean() < 0.1 * whole.std()  # the attention sees a tile instead of the frame
 
 
-async def test_a_caller_that_goes_away_leaves_nothing_behind(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_every_latent_frame_is_told_before_the_file_comes(start: Start) -> None:
+    events = [event async for event in (await start()).Decode(request(), timeout=60)]
+    told = [(event.progress.step, event.progress.steps) for event in events if event.HasField("progress")]
+    assert told == [(step, LATENT_FRAMES) for step in range(1, LATENT_FRAMES + 1)]
+    assert all(event.HasField("progress") for event in events[:LATENT_FRAMES])
+
+
+async def test_a_caller_that_goes_away_stops_the_work_within_one_latent_frame(
+    start_running: StartRunning, films: Path
 ) -> None:
-    films = tmp_path / "films"
-    films.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(films))
-    stub = await start()
-    call = stub.Decode(request(LATENTS.repeat(1, 1, 20, 1, 1)), timeout=60)
-    reading = call.read()
-    while not list(films.iterdir()):  # the film has been begun
-        assert not call.done()
-        await decode(stub, request(LATENTS[:, :, :1], format=work_pb2.OUTPUT_FORMAT_LATENTS))
+    running = await start_running()
+    stub = DecoderServiceStub(running.channel)
+    call = stub.Decode(request(LONG), timeout=60)
+    async for event in call:
+        if event.progress.step == 2:
+            break
+    told = begun(running)
+    assert ffmpeg_processes() == 1
     call.cancel()
-    with pytest.raises(BaseException):  # noqa: B017, PT011 - grpc ends a read of a cancelled call as it likes
-        await reading
-    await decode(stub, request())  # the device is free again
-    assert list(films.iterdir()) == []
+    assert await is_clean(stub, films)
+    assert begun(running) <= told + 2  # one was told late, one was under way
+
+
+async def test_a_film_whose_time_is_up_is_stopped_within_one_latent_frame(
+    start_running: StartRunning, films: Path
+) -> None:
+    running = await start_running()
+    stub = DecoderServiceStub(running.channel)
+    late = await _failure(stub, request(LONG), timeout=0.5)
+    assert isinstance(late, DeadlineExceededError)
+    assert await is_clean(stub, films)
+    so_far = begun(running)
+    assert so_far < LONG.shape[2]
+    await decode(stub, request())
+    assert begun(running) == so_far + LATENT_FRAMES  # nothing of the first went on
+
+
+async def is_clean(stub: DecoderServiceStub, films: Path) -> bool:
+    """Whether neither files nor a process of a film are left, soon after it was given up."""
+    for _ in range(20):
+        if not has_leftovers(films):
+            return True
+        await decode(stub, request(LATENTS[:, :, :1], format=work_pb2.OUTPUT_FORMAT_LATENTS))
+    return False
+
+
+def has_leftovers(films: Path) -> bool:
+    """Whether there is a file of a film, or a process."""
+    return any(films.iterdir()) or ffmpeg_processes() > 0
+
+
+def begun(running: Running) -> int:
+    """Latent frames that the device has begun."""
+    count = running.server.metrics.registry.get_sample_value("safelight_batch_size_count", {"stage": "decoder"})
+    return int(count or 0)
+
+
+def ffmpeg_processes() -> int:
+    """Processes of ffmpeg that this one has started and not yet seen the end of."""
+    children = Path("/proc/self/task").glob("*/children")
+    numbers = [number for listed in children for number in listed.read_text().split()]
+    return sum("ffmpeg" in Path(f"/proc/{number}/cmdline").read_text() for number in numbers)
 
 
 async def test_what_is_no_film_is_refused(start: Start) -> None:
@@ -150,7 +220,7 @@ async def test_what_is_no_film_is_refused(start: Start) -> None:
     assert isinstance(image, UnsupportedError)
 
 
-async def _failure(stub: DecoderServiceStub, wanted: DecodeRequest) -> Exception:
+async def _failure(stub: DecoderServiceStub, wanted: DecodeRequest, timeout: float = 60) -> Exception:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await decode(stub, wanted)
+        await decode(stub, wanted, timeout)
     return from_rpc_error(caught.value)

@@ -44,7 +44,7 @@ def _write_film(film: Pixels, output: pb.OutputOptions, comment: str = "") -> by
     try:
         for piece in (film[:1], film[1:5], film[5:]):
             writer.add(piece)
-        return writer.finish()
+        return writer.finish().read()
     finally:
         writer.discard()
 

@@ -18,7 +18,7 @@ _REPAINTS_PER_SECOND = 4.0
 
 
 class ProgressBar:
-    """Counts the denoising steps of all pictures, says which stage is at work, and shows the newest previews.
+    """Counts the steps of all pictures in the stage at work, if it has several, and shows the newest previews.
 
     Args:
         images: pictures of the request.
@@ -32,7 +32,7 @@ class ProgressBar:
         self._bars = Bars(*columns, console=self._console)
         self._task = self._bars.add_task("starting", total=None)
         self._images = images
-        self._done: dict[int, int] = {}
+        self._done: dict[str, dict[int, int]] = {}  # stage, picture: steps
         self._previews: dict[int, Image.Image] = {}
         self._shown: list[ConsoleRenderable] = []
         self._live = (_SteadyLive if self.shows_previews else Live)(
@@ -66,9 +66,10 @@ class ProgressBar:
 
     def _show_progress(self, event: Progress) -> None:
         self._bars.update(self._task, description=event.stage)
-        if event.stage == "denoiser":
-            self._done[event.image_index] = event.step
-            self._bars.update(self._task, completed=sum(self._done.values()), total=event.steps * self._images)
+        if event.stage == "denoiser" or event.steps > 1:  # of a picture the denoiser's bar stays
+            done = self._done.setdefault(event.stage, {})
+            done[event.image_index] = event.step
+            self._bars.update(self._task, completed=sum(done.values()), total=event.steps * self._images)
 
 
 class _SteadyLive(Live):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,8 @@ class ImagePipeline:
 
     config_class: ClassVar[type[PipelineConfig]]
     family: ClassVar[str]
+    statuses: ClassVar[Mapping[str, str]] = {"denoiser": "DENOISING"}
+    """What a progress callback is told of a stage's steps; of other stages' it is told nothing."""
 
     def __init__(self, connection: Connection, model: str) -> None:
         self._connection = connection
@@ -144,8 +146,8 @@ class ImagePipeline:
         def report(event: Event) -> None:
             if progress_callback is None or not isinstance(event, Progress):
                 return
-            if event.stage == "denoiser" and event.step > 0:
-                progress_callback(event.step - 1 + first_step, event.steps, "DENOISING")
+            if event.stage in self.statuses and event.step > 0:
+                progress_callback(event.step - 1 + first_step, event.steps, self.statuses[event.stage])
 
         made = self._connection.generate(
             replace(options, model=self._model, adapters=dict(self._loras.scales)), report

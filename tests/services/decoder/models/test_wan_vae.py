@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safelight.errors import CheckpointError
+from services.common.manifest import Component, ModelEntry
 from services.decoder.models.causal_conv import Past
+from services.decoder.models.wan import WanDecoder
 from services.decoder.models.wan_vae import WanVAE, decode_film, encode_film, film_pieces, load_wan_vae
 from services.decoder.models.wan_vae_keys import DIFFUSERS, ORIGINAL, Layout
 from services.modeling.placement import Placement, place
@@ -115,6 +118,15 @@ def test_the_original_layout_loads_without_a_config(folder: Path, vae: WanVAE, t
     assert original.params == vae.params
     weights = {name: weight.to_dense() for name, weight in vae.state_dict().items()}
     assert all(torch.equal(weight.to_dense(), weights[name]) for name, weight in original.state_dict().items())
+
+
+def test_the_official_pth_file_loads_where_that_is_allowed(folder: Path, vae: WanVAE, tmp_path: Path) -> None:
+    torch.save(load_file(save_original_vae(folder, vae.state_dict(), tmp_path / "vae.tmp")), tmp_path / "vae.pth")
+    part = Component(path=str(tmp_path / "vae.pth"), allow_pickle=True)
+    decoder = WanDecoder.load(ModelEntry(name="tiny", family="wan", decoder=part), CPU)
+    latents = _latents(2)
+    ours, theirs = (torch.cat(list(decode_film(each, latents))) for each in (decoder._vae, vae))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", [DIFFUSERS, ORIGINAL], ids=["diffusers", "original"])

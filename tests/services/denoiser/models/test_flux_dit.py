@@ -22,6 +22,7 @@ from services.modeling.placement import Placement, place
 from services.modeling.weights import CheckpointError, open_checkpoint
 from tests.support.flux_layout import original_flux_tensors
 from tests.support.gguf_layout import save_gguf
+from tests.support.scaled_layout import scaled, unscaled
 from tests.support.tiny_flux import CONTEXT_WIDTH, LATENT_CHANNELS, POOLED_WIDTH, tiny_flux_dit
 
 TIMESTEPS, SCALES = torch.tensor([750.0, 33.5]), torch.tensor([3.5, 2.0])
@@ -136,6 +137,15 @@ def test_files_in_few_bits_are_cast_on_load(tmp_path: Path, dev: FluxTransformer
     full = load(saved(tmp_path / "full.safetensors", {name: t.float() for name, t in rounded.items()}), None)
     assert {parameter.dtype for parameter in few.parameters()} == {torch.float32}
     assert torch.equal(predict(few, *inputs()), predict(full, *inputs()))
+
+
+def test_a_scaled_file_is_the_products_with_its_scales(tmp_path: Path, dev: FluxTransformer2DModel) -> None:
+    stored = scaled(original_flux_tensors(dev.state_dict()))
+    file, plain = (
+        saved(tmp_path / f"{name}.safetensors", tensors)
+        for name, tensors in {"scaled": stored, "plain": unscaled(stored)}.items()
+    )
+    assert torch.equal(predict(load(file, None), *inputs()), predict(load(plain, None), *inputs()))
 
 
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])

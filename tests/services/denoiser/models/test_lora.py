@@ -21,17 +21,21 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from safelight.errors import InvalidRequestError
-from services.common.manifest import ModelEntry
+from services.common.manifest import Component, ModelEntry
 from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.keyframes import Keyframes
 from services.denoiser.registry import LOADERS, LocalDenoiser
+from services.modeling import components
+from services.modeling.float8 import is_stored_as_float8
 from services.modeling.lora.adapter import Adapter, Applied
 from services.modeling.lora.fusing import fuse
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.reading import read_adapter
-from tests.support.lora_files import Tensors, dotted, kohya, save
+from services.modeling.placement import Placement
+from tests.support.lora_files import Tensors, dotted, kohya, of_every_kind, save
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sd15 import save_tiny_sd15
 from tests.support.tiny_sdxl import save_tiny_sdxl
@@ -124,9 +128,9 @@ class Model:
         return PromptConditioning(tensors, "conditioning", shape, keyframes=keyframes)
 
 
-def load(name: str, folder: Path) -> LocalDenoiser:
+def load(name: str, folder: Path, **component: Any) -> LocalDenoiser:
     """A model of FAMILIES, whose names begin with the registry's."""
-    return LOADERS[name.split()[0]](ModelEntry(name="tiny", path=str(folder)), CPU)
+    return LOADERS[name.split()[0]](ModelEntry(name="tiny", path=str(folder), denoiser=Component(**component)), CPU)
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -185,6 +189,44 @@ def test_four_rows_with_four_sets_equal_the_four_alone(model: Model, tmp_path: P
     for row, applied in enumerate(sets):
         assert_close(together[row : row + 1], model.predict(model.denoiser, [row], [applied]))
     assert float((together[0] - model.predict(model.denoiser, [0], [()])[0]).abs().max()) > 0.01
+
+
+def save_every_kind(model: Model, folder: Path) -> Path:
+    """A LoRA of every layer, of all kinds."""
+    named = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in model.layers().items()}
+    return save(of_every_kind(named), folder / "lora.safetensors")
+
+
+def predict_with(model: Model, denoiser: LocalDenoiser, file: Path) -> Tensor:
+    """Of two rows, of which the second applies the LoRA."""
+    adapter = read_adapter("a", str(file), [denoiser.network], [DENOISER])
+    assert not adapter.match.unmatched
+    return model.predict(denoiser, [0, 1], [(), (Applied(adapter, 0.5),)])
+
+
+def test_a_lora_beside_weights_that_stream_is_what_it_is_beside_others(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save_every_kind(model, tmp_path)
+    expected = predict_with(model, model.denoiser, file)
+    monkeypatch.setattr(Placement, "offloads", True)
+    budget = sum(each.nbytes for each in model.denoiser.network.module.parameters()) // 2
+    streaming = load(model.name, model.folder, memory_budget=budget)
+    assert_close(predict_with(model, streaming, file), expected, 1e-5)
+    assert_close(predict_with(model, streaming, file), expected, 1e-5)
+
+
+def test_a_lora_beside_weights_in_eight_bits_is_what_it_is_beside_what_they_stand_for(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components, "bfloat16_is_fast", lambda: False)  # so that float32 is computed in
+    file = save_every_kind(model, tmp_path)
+    stored, plain = (load(model.name, model.folder, dtype="float8_e4m3fn") for _ in range(2))
+    layers = [layer for layer in plain.network.module.modules() if is_stored_as_float8(layer)]
+    assert len(layers) > 3
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight")
+    assert_close(predict_with(model, stored, file), predict_with(model, plain, file), 1e-5)
 
 
 # A layer by its names: diffusers', and the original checkpoint's, which most LoRAs of the family are trained on.

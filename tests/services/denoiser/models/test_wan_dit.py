@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelight.errors import CheckpointError
 from services.denoiser.models.wan_dit import WanDiT, load_wan_dit, stack_context
 from services.modeling.weights import open_checkpoint
+from tests.support.scaled_layout import scaled, unscaled
 from tests.support.wan_layout import save_original_dit
 
 CPU = torch.device("cpu")
@@ -124,6 +126,19 @@ def test_the_original_layout_loads_without_a_config(kind: str, prefix: str, tmp_
     assert original.params == dit.params
     weights = dit.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
+
+
+def test_a_scaled_file_is_the_products_with_its_scales(tmp_path: Path) -> None:
+    dit = _load(_reference(KINDS["t2v"]), tmp_path / "diffusers")
+    original = load_file(save_original_dit(tmp_path / "diffusers", dit.state_dict(), tmp_path / "wan.safetensors"))
+    files = {"scaled": scaled(original, "model.diffusion_model.")}
+    files["plain"] = unscaled(files["scaled"])
+    loaded = []
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        checkpoint = open_checkpoint(tmp_path / f"{name}.safetensors")
+        loaded.append(load_wan_dit(checkpoint, None, device=CPU, dtype=torch.float32).state_dict())
+    assert all(torch.equal(weight, loaded[1][name]) for name, weight in loaded[0].items())
 
 
 def test_every_weight_is_in_one_block_that_streams(tmp_path: Path) -> None:

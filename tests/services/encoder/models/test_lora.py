@@ -6,19 +6,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.common.manifest import ModelEntry
+from services.common.manifest import Component, ModelEntry
 from services.encoder.encoding import PromptJob, encode_batch
 from services.encoder.registry import LOADERS, PromptEncoder
 from services.modeling.lora.adapter import Applied
 from services.modeling.lora.layouts import TEXT_ENCODERS
 from services.modeling.lora.reading import read_adapter
-from tests.support.lora_files import dotted, kohya, save
+from services.modeling.placement import Placement
+from tests.support.lora_files import dotted, kohya, of_every_kind, save
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sd15 import save_tiny_sd15
 from tests.support.tiny_sdxl import save_tiny_sdxl
@@ -64,8 +66,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write(tmp_path_factory.mktemp(family) / "model") for family, write in SAVE.items()}
 
 
-def load(family: str, folder: Path) -> PromptEncoder:
-    return LOADERS[family](ModelEntry(name="tiny", path=str(folder)), CPU)
+def load(family: str, folder: Path, **component: Any) -> PromptEncoder:
+    return LOADERS[family](ModelEntry(name="tiny", path=str(folder), encoder=Component(**component)), CPU)
 
 
 def encode(encoder: PromptEncoder, prompts: list[tuple[str, tuple[Applied, ...]]]) -> list[dict[str, Tensor]]:
@@ -120,3 +122,24 @@ def test_a_prompt_with_a_lora_is_as_with_changed_weights(case: Case, folders: di
     for name in plain:
         torch.testing.assert_close(batch[2][name], expected[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(batch[3][name], plain[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SAVE)
+def test_a_lora_beside_weights_that_stream_is_what_it_is_beside_others(
+    family: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {
+        case.name: shape_of(case, folders[family]) for case in CASES if case.family == family and "lora" in case.name
+    }
+    file = save(of_every_kind(named), tmp_path / "lora.safetensors")
+
+    def encoded(encoder: PromptEncoder) -> dict[str, Tensor]:
+        adapter = read_adapter("lora", str(file), encoder.networks, TEXT_ENCODERS)
+        assert not adapter.match.unmatched
+        return encode(encoder, [("a dog", ()), ("a cat", (Applied(adapter, 3.0),))])[1]
+
+    expected = encoded(load(family, folders[family]))
+    monkeypatch.setattr(Placement, "offloads", True)
+    streaming = load(family, folders[family], memory_budget=2**16)
+    for _ in range(2):
+        torch.testing.assert_close(encoded(streaming), expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from transformers import T5EncoderModel
 from services.encoder.models.t5 import T5TextEncoder, load_t5
 from services.modeling.weights import CheckpointError, open_checkpoint
 from tests.support.gguf_layout import save_gguf
+from tests.support.scaled_layout import scaled, unscaled
 from tests.support.tiny_flux import tiny_t5
 
 TOKEN_IDS = torch.tensor([[3, 9, 7, 120, 31000, 1, *[0] * 200], [5, 1, *[0] * 204]])
@@ -83,15 +84,9 @@ def test_shards_and_their_config_are_read(tmp_path: Path, reference: T5EncoderMo
 @pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0", "Q5_0"])
 def test_a_gguf_file_is_dequantized_on_load(tmp_path: Path, weights: dict[str, Tensor], quantization: str) -> None:
     kind = gguf.GGMLQuantizationType[quantization]
-    biases = {name: tensor for name, tensor in weights.items() if "relative_attention_bias" in name}
-    others = {name: tensor for name, tensor in weights.items() if name not in biases}
-    read = save_gguf(tmp_path / "t5.gguf", llama_cpp_tensors(others), kind)
-    # One head is no whole block: converters leave such tensors unquantized.
-    save_gguf(tmp_path / "bias.gguf", llama_cpp_tensors(biases), gguf.GGMLQuantizationType.F32)
-    plain = saved(tmp_path / "t5.safetensors", {**read, **llama_cpp_tensors(biases)})
-    checkpoint = open_checkpoint([tmp_path / "t5.gguf", tmp_path / "bias.gguf"])
-    encoder = load_t5(checkpoint, None, device=torch.device("cpu"), dtype=torch.float32)
-    assert torch.equal(encoder(TOKEN_IDS), load(plain)(TOKEN_IDS))
+    read = save_gguf(tmp_path / "t5.gguf", llama_cpp_tensors(weights), kind)
+    plain = saved(tmp_path / "t5.safetensors", read)
+    assert torch.equal(load(tmp_path / "t5.gguf")(TOKEN_IDS), load(plain)(TOKEN_IDS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -102,6 +97,13 @@ def test_files_in_few_bits_are_cast_on_load(tmp_path: Path, weights: dict[str, T
         load(saved(tmp_path / "full.safetensors", {name: tensor.float() for name, tensor in rounded.items()})),
     )
     assert torch.equal(few(TOKEN_IDS), full(TOKEN_IDS))
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_scaled_file_is_the_products_with_its_scales(tmp_path: Path, weights: dict[str, Tensor], prefix: str) -> None:
+    stored = scaled(weights, prefix)
+    scales, plain = saved(tmp_path / "scaled.safetensors", stored), saved(tmp_path / "t5.safetensors", unscaled(stored))
+    assert torch.equal(load(scales)(TOKEN_IDS), load(plain)(TOKEN_IDS))
 
 
 def test_in_float16_the_last_product_of_a_block_is_float32(tmp_path: Path, weights: dict[str, Tensor]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -16,6 +19,8 @@ from services.common.manifest import Component, ModelEntry, Part
 from services.encoder.models.t5 import load_t5
 from services.encoder.models.wan import UMT5_TOKENS, WanEncoder, cleaned
 from services.modeling.weights import open_checkpoint
+from tests.support.gguf_layout import save_gguf
+from tests.support.scaled_layout import scaled, unscaled
 from tests.support.tiny_wan import IMAGE_TOKENS, IMAGE_WIDTH, save_tiny_wan, save_tiny_wan_i2v
 from tests.support.wan_layout import save_original_clip, save_original_umt5
 
@@ -79,6 +84,58 @@ def test_wans_own_names_load_to_the_same_weights(folder: Path, reference: UMT5En
     ]
     ours, theirs = (encoder.state_dict() for encoder in loaded)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def weights_of(file: Path) -> dict[str, Tensor]:
+    return load_t5(open_checkpoint(file), None, device=CPU, dtype=torch.float32).state_dict()
+
+
+def test_a_gguf_file_is_dequantized_on_load(reference: UMT5EncoderModel, tmp_path: Path) -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, len(reference.encoder.block))
+    tensors = {
+        str(names.get_name(name, try_suffixes=(".weight",))): tensor
+        for name, tensor in reference.state_dict().items()
+        if name != "encoder.embed_tokens.weight"
+    }
+    assert "enc.blk.1.attn_rel_b.weight" in tensors
+    read = save_gguf(tmp_path / "umt5.gguf", tensors, GGMLQuantizationType.Q8_0)
+    save_file(read, tmp_path / "umt5.safetensors")
+    ours, plain = (weights_of(tmp_path / f"umt5.{suffix}") for suffix in ("gguf", "safetensors"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_comfyui_s_scaled_file_loads_and_its_tokenizer_is_left_alone(
+    reference: UMT5EncoderModel, tmp_path: Path
+) -> None:
+    weights = {name: each for name, each in reference.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    stored = scaled(weights)
+    save_file({**stored, "spiece_model": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "scaled.safetensors")
+    save_file(unscaled(stored), tmp_path / "plain.safetensors")
+    ours, plain = (weights_of(tmp_path / f"{name}.safetensors") for name in ("scaled", "plain"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_the_official_pth_files_load_where_the_manifest_allows_it(folder: Path, tmp_path: Path) -> None:
+    led = save_tiny_wan_i2v(tmp_path / "led")
+    reference = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+    files = {
+        "umt5": save_original_umt5(folder / "text_encoder", reference.encoder.state_dict(), tmp_path / "umt5.tmp"),
+        "image_encoder": save_original_clip(led / "image_encoder", tmp_path / "clip.tmp"),
+    }
+    for part, file in files.items():
+        torch.save(load_file(file), tmp_path / f"{part}.pth")
+
+    def load(*, allow_pickle: bool) -> WanEncoder:
+        parts = {part: Part(path=str(tmp_path / f"{part}.pth"), allow_pickle=allow_pickle) for part in files}
+        entry = ModelEntry(name="tiny", path=str(led), encoder=Component(dtype="float32", parts=parts))
+        return WanEncoder.load(entry, CPU)
+
+    with pytest.raises(CheckpointError, match=r"umt5\.pth is a pickle file.*allow_pickle: true"):
+        load(allow_pickle=False)
+    ours = load(allow_pickle=True)
+    theirs = WanEncoder.load(ModelEntry(name="tiny", path=str(led), encoder=Component(dtype="float32")), CPU)
+    assert torch.equal(embeds_of(ours, "a cat")[0], embeds_of(theirs, "a cat")[0])
+    assert torch.equal(image_embeds_of(ours, 1)[0], image_embeds_of(theirs, 1)[0])
 
 
 def test_the_prompt_is_cleaned_as_for_training() -> None:

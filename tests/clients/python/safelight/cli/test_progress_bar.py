@@ -119,3 +119,21 @@ def test_a_request_that_begins_anew_counts_anew() -> None:
         for event in (Progress(1, "denoiser", 7, 8), Accepted("id", (5, 6), None), Progress(0, "denoiser", 1, 8)):
             bar.show(event)
     assert "1/16" in written(console).split(BEGIN)[-1]
+
+
+def test_the_decoder_of_films_has_steps_to_count_and_that_of_pictures_has_not() -> None:
+    console = terminal()
+    with ProgressBar(2, console) as bar:
+        for event in (Progress(0, "denoiser", 8, 8), Progress(0, "decoder", 4, 5), Progress(1, "decoder", 2, 5)):
+            bar.show(event)
+        assert "6/10" in shown(bar, console)
+        bar.show(Accepted("id", (5, 6), None))
+        for event in (Progress(0, "denoiser", 7, 8), Progress(0, "decoder", 1, 1)):
+            bar.show(event)
+        assert "7/16" in shown(bar, console)
+
+
+def shown(bar: ProgressBar, console: Console) -> str:
+    """What the bar shows now."""
+    bar._live.refresh()
+    return written(console).split(BEGIN)[-1]
