@@ -39,7 +39,7 @@ class GatewaySettings(ServerSettings):
     replica_wait_seconds: float = setting(15.0, "Time that work in progress waits for a replica when none is healthy.")
     restart_wait_seconds: float = setting(
         600.0,
-        "Time that work waits for a model whose processes are being started again, where no other replica has it.",
+        "Time that work waits for a model whose processes are started again, where no other replica has it.",
     )
     checkpoint_steps: int = setting(0, "Steps between two checkpoints; 0: as often as costs at most 1 % of step time.")
     max_checkpoint_bytes: int = setting(256 * 1024**2, "Largest checkpoint kept; a larger one is left at its denoiser.")
