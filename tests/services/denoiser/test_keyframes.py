@@ -87,6 +87,18 @@ async def test_a_warm_up_measures_models_that_need_keyframes(start: StartDenoise
     assert (await denoiser.latents(request("two"))).shape == (1, *SHAPE)
 
 
+@pytest.mark.parametrize("parallel", [{"cfg": 2, "ulysses": 2}, {"ring": 2}], ids=str)
+async def test_ranks_that_share_the_tokens_make_the_film_of_one_process(
+    start: StartDenoiser, tmp_path: Path, parallel: dict[str, int]
+) -> None:
+    folder, manifest = save_tiny_wan_i2v(tmp_path / "model"), tmp_path / "manifest.yaml"
+    alone = {"name": "alone", "path": str(folder)}
+    shared = {"name": "shared", "path": str(folder), "denoiser": {"parallel": parallel}}
+    manifest.write_text(yaml.safe_dump({"models": [alone, shared]}))
+    denoiser = await start(manifest=str(manifest))
+    assert relative_error(*[await denoiser.latents(request(name)) for name in ("shared", "alone")]) < 1e-5
+
+
 def changed(**fields: Any) -> DenoiseRequest:
     """The usual request with other fields; None takes one away."""
     made = request()
