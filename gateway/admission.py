@@ -20,7 +20,7 @@ from gateway.estimate import Estimate, RequestWork, estimate
 from gateway.plan import GenerationPlan
 from gateway.retry_times import RetryTimes
 from gateway.settings import GatewaySettings
-from gateway.work import Work, encode_image_work, steps_work
+from gateway.work import Work, encode_image_work, model_calls, steps_work
 from safelight.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
@@ -201,7 +201,7 @@ def request_work(plan: GenerationPlan, steps: int) -> RequestWork:
     """What a plan asks of the stages when its schedule has so many steps."""
     model, shape = plan.model.name, plan.latent_shape
     exact = plan.determinism == DETERMINISM_CLASS_EXACT
-    calls = steps_run(steps, plan.strength) * plan.calls_per_step
+    calls = model_calls(steps_run(steps, plan.strength), plan.calls_per_step)
     return RequestWork(
         encode=Work(model, rows=2),  # the prompt and the negative prompt
         denoise=steps_work(model, shape, calls, plan.images[0].guidance.scale, exact),

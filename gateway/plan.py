@@ -62,7 +62,7 @@ class GenerationPlan:
 
     @property
     def calls_per_step(self) -> int:
-        """Model calls of a step of the sampler; its last step may take fewer."""
+        """Model calls of a step of the sampler, but of the last step."""
         return self.model.denoiser.calls_per_step.get(self.images[0].sampling.sampler, 1)
 
     def with_model(self, model: ModelDescription) -> GenerationPlan:

@@ -50,12 +50,18 @@ def encode_image_work(model: str, latent_shape: tuple[int, ...]) -> Work:
 
 
 def denoise_work(request: DenoiseRequest, calls_per_step: int = 1) -> Work:
-    """The steps that are left, each of so many model calls."""
+    """The steps that are left, of a sampler with so many model calls a step."""
     exact = request.determinism == DETERMINISM_CLASS_EXACT
     strength = request.strength if request.HasField("strength") else 1.0
     steps = steps_run(request.sampling.steps, strength) - request.resume_from.step
-    work = steps_work(request.model, tuple(request.latent_shape), steps * calls_per_step, request.guidance.scale, exact)
+    calls = model_calls(steps, calls_per_step)
+    work = steps_work(request.model, tuple(request.latent_shape), calls, request.guidance.scale, exact)
     return replace(work, adapters=_needed(request.adapters))
+
+
+def model_calls(steps: int, calls_per_step: int) -> int:
+    """Of the last steps of a schedule; the very last one, to sigma 0, takes one call by every sampler."""
+    return calls_per_step * (steps - 1) + 1
 
 
 def steps_work(model: str, latent_shape: tuple[int, ...], calls: int, scale: float, exact: bool) -> Work:

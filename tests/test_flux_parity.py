@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -142,22 +142,27 @@ async def test_a_model_says_what_it_takes(manifest: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-async def test_image_to_image_equals_diffusers(folders: dict[str, Path], manifest: str) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+async def test_pictures_to_start_from_equal_diffusers(folders: dict[str, Path], manifest: str, masked: bool) -> None:
     """diffusers' strength 0.6 runs 3 of 5 steps, as our 0.4 does."""
     photo = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    pipeline = FluxImg2ImgPipeline.from_pretrained(folders["dev"])
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (0, 0, WIDTH // 2, HEIGHT))
+    pipeline = (FluxInpaintPipeline if masked else FluxImg2ImgPipeline).from_pretrained(folders["dev"])
     pipeline.set_progress_bar_config(disable=True)
     vae = pipeline.vae
     with torch.no_grad():
         mean = vae.encode(torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean
-    arguments: dict[str, Any] = {"image": (mean - vae.config.shift_factor) * vae.config.scaling_factor, "strength": 0.6}
-    arguments |= {"num_inference_steps": 5, "guidance_scale": 3.5, "width": WIDTH, "height": HEIGHT}
+    picture = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    arguments: dict[str, Any] = {"image": picture, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 3.5}
+    arguments |= {"mask_image": mask, "masked_image_latents": picture} if masked else {}
     generator = torch.Generator("cpu").manual_seed(SEED)
-    packed = pipeline(PROMPT, generator=generator, output_type="latent", **arguments).images
+    size = {"width": WIDTH, "height": HEIGHT}
+    packed = pipeline(PROMPT, generator=generator, output_type="latent", **size, **arguments).images
     async with run_cluster(manifest) as cluster:
         assert cluster.client is not None
         options = {"image": Image.fromarray(photo), "strength": 0.4, "format": "latents"}
-        ours = await generate(cluster.client, "dev", **options)
+        ours = await generate(cluster.client, "dev", mask=mask if masked else None, **options)
     assert relative_error(read_latents(ours), pipeline._unpack_latents(packed, HEIGHT, WIDTH, 8)) < 1e-4
 
 

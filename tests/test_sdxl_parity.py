@@ -10,7 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -142,19 +147,25 @@ async def test_a_picture_remembers_the_sizes_that_the_model_was_told(manifest: s
 
 
 @pytest.mark.filterwarnings("ignore")
-async def test_image_to_image_equals_diffusers(pipeline: Any, manifest: str) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+async def test_pictures_to_start_from_equal_diffusers(pipeline: Any, manifest: str, masked: bool) -> None:
     """diffusers' strength 0.6 runs 6 of 10 steps, as our 0.5 does."""
     photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    mask = Image.new("L", (128, 96))
+    mask.paste(255, (0, 0, 64, 96))
     pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         picture = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-    changing = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
+    kind = StableDiffusionXLInpaintPipeline if masked else StableDiffusionXLImg2ImgPipeline
+    changing = kind.from_pipe(pipeline)
     changing.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
+    if masked:
+        arguments |= {"mask_image": mask, "masked_image_latents": picture, **SIZE}
     generator = torch.Generator("cpu").manual_seed(SEED)
-    arguments = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
     expected = changing(PROMPT, image=picture, strength=0.6, generator=generator, **arguments).images
     async with run_cluster(manifest) as cluster:
         assert cluster.client is not None
         options = {"image": Image.fromarray(photo), "strength": 0.5, "guidance_scale": 5.0}
-        ours = await generate(cluster.client, "folder", **options)
+        ours = await generate(cluster.client, "folder", mask=mask if masked else None, **options)
     assert relative_error(read_latents(ours), expected) < 1e-4

@@ -31,8 +31,8 @@ class GenerationOptions:
         sampler: one of the model's (`Client.models`): "euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m",
             "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc", "lcm", "flow_match_euler" or "flow_match_heun".
         sampler_parameters: e.g. {"eta": 0.5}.
-        schedule: one of the model's: "scaled_linear", "karras", "exponential", "beta", "sgm_uniform", "ddim", "ays",
-            "flow" or "flow_dynamic".
+        schedule: one of the model's: "scaled_linear", "karras", "exponential", "beta", "sgm_uniform", "ddim",
+            "trailing", "ays", "flow" or "flow_dynamic".
         schedule_parameters: e.g. {"rho": 7.0} or {"shift": 3.0}.
         guidance_scale: of classifier-free guidance; at or below 1 the negative prompt is not used.
         distilled_guidance_scale: guidance that a distilled model takes as an input (FLUX.1-dev), instead of or beside

@@ -15,7 +15,17 @@ from services.modeling.components import read_json
 
 _SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc", "lcm")
 STABLE_DIFFUSION_SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", *_SOLVERS)
-STABLE_DIFFUSION_SCHEDULES = ("scaled_linear", "karras", "exponential", "beta", "sgm_uniform", "ddim", "ays")
+_TRAILING = "trailing"  # a schedule by diffusers' name of it
+STABLE_DIFFUSION_SCHEDULES = (
+    "scaled_linear",
+    "karras",
+    "exponential",
+    "beta",
+    "sgm_uniform",
+    "ddim",
+    _TRAILING,
+    "ays",
+)
 FLOW_SAMPLERS = ("flow_match_euler", "flow_match_heun", *_SOLVERS)
 
 AYS_SD15 = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
@@ -42,6 +52,8 @@ def stable_diffusion_sampling(
 ) -> ModelSampling:
     """The sampling of Stable Diffusion 1.x, 2.x and XL; config: a scheduler_config.json, None for the usual one.
 
+    The default schedule is the trailing one if the config says so, as those of distilled models do.
+
     Raises:
         CheckpointError: the model predicts what is not served, or has other betas.
     """
@@ -49,10 +61,11 @@ def stable_diffusion_sampling(
         noise = VariancePreserving.from_config(config) if config else VariancePreserving()
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"scheduler_config.json: {error}") from error
+    first = (_TRAILING,) if (config or {}).get("timestep_spacing") == _TRAILING else ()
     return ModelSampling(
         noise=noise,
         samplers=STABLE_DIFFUSION_SAMPLERS,
-        schedules=dict.fromkeys(STABLE_DIFFUSION_SCHEDULES, NONE_GIVEN),
+        schedules=dict.fromkeys(first + STABLE_DIFFUSION_SCHEDULES, NONE_GIVEN),
         ays_timesteps=ays_timesteps,
     )
 

@@ -53,6 +53,12 @@ def ddim_spacing(noise: NoiseProcess, steps: int) -> Float64Array:
     return _append_zero(noise.sigmas_at(np.arange(steps)[::-1] * stride + 1))
 
 
+def trailing(noise: NoiseProcess, steps: int) -> Float64Array:
+    """Every (1000 / steps)-th training timestep, counted from the last one ("trailing" in Lin et al. 2024, Table 2)."""
+    count = noise.timesteps_at(np.array([noise.sigma_max])).round() + 1
+    return _append_zero(noise.sigmas_at((count - np.arange(steps) * (count / steps)).round() - 1))
+
+
 def ays(noise: NoiseProcess, timesteps: Sequence[int], steps: int) -> Float64Array:
     """Align Your Steps (Sabour et al. 2024): log-linear between the noise levels found, the last of which becomes 0."""
     log_sigmas = np.log(noise.sigmas_at(np.array(timesteps, dtype=np.float64)))
@@ -140,6 +146,7 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     "sgm_uniform": Schedule(lambda s: sgm_uniform(s.noise, s.steps)),
     "ddim": Schedule(lambda s: ddim_spacing(s.noise, s.steps)),
+    "trailing": Schedule(lambda s: trailing(s.noise, s.steps)),
     "ays": Schedule(lambda s: ays(s.noise, s.model.ays_timesteps, s.steps)),
     "flow": Schedule(
         lambda s: flow(s.steps, **s.parameters), {"shift": Parameter(1.0, low=0.01, high=100.0)} | _FLOW_PARAMETERS

@@ -23,8 +23,8 @@ from services.denoiser.sampling.noise_process import Float64Array
 _FIXED_BETA_OPTIONS: dict[str, tuple[object, object]] = {
     "beta_schedule": ("linear", "scaled_linear"),
     "trained_betas": (None, None),
-    "rescale_betas_zero_snr": (False, False),
 }
+_LEAST_SURVIVAL = 2.0**-24  # of zero terminal SNR, as in diffusers: sigma is 4096 in place of infinity
 
 
 def denoised_from_epsilon(x: Tensor, epsilon: Tensor, sigma: float) -> Tensor:
@@ -48,13 +48,15 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 class VariancePreserving:
     """Scaled-linear betas (Rombach et al. 2022); the defaults are those of Stable Diffusion 1.x and SDXL.
 
-    Everything after the training sigmas is float64. prediction: a name in PREDICTIONS.
+    Everything after the training sigmas is float64. prediction: a name in PREDICTIONS. zero_terminal_snr: the betas are
+    rescaled so that the last timestep is noise alone (Lin et al. 2024, Algorithm 1, arXiv 2305.08891).
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     prediction: str = "epsilon"
+    zero_terminal_snr: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VariancePreserving:
@@ -76,6 +78,7 @@ class VariancePreserving:
             beta_end=float(config["beta_end"]),
             num_train_timesteps=int(config["num_train_timesteps"]),
             prediction=prediction,
+            zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
         )
 
     @cached_property
@@ -86,7 +89,10 @@ class VariancePreserving:
         timestep 0, which moves sigma_min by 1.3e-5 of itself, and published pictures were made with that sigma_min.
         """
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps, dtype=torch.float32)
-        alphas_cumprod = torch.cumprod(1.0 - roots**2, dim=0).double().numpy()
+        survival = torch.cumprod(1.0 - roots**2, dim=0)
+        if self.zero_terminal_snr:
+            survival = _with_zero_terminal_snr(survival)
+        alphas_cumprod = survival.double().numpy()
         return np.asarray(0.5 * np.log((1.0 - alphas_cumprod) / alphas_cumprod), dtype=np.float64)
 
     @property
@@ -126,3 +132,13 @@ class VariancePreserving:
     @property
     def _timesteps(self) -> Float64Array:
         return np.arange(self.num_train_timesteps, dtype=np.float64)
+
+
+def _with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Roots of abar shifted to end in 0 and scaled to begin as before, by way of the betas, as diffusers rounds."""
+    roots = alphas_cumprod.sqrt()
+    rescaled = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    betas = 1.0 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
+    survival = torch.cumprod(1.0 - betas, dim=0)
+    survival[-1] = _LEAST_SURVIVAL
+    return survival

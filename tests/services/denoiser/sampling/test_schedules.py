@@ -8,7 +8,7 @@ from diffusers.schedulers import AysSchedules
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.denoiser.models.scheduler_config import AYS_SD15, AYS_SDXL
+from services.denoiser.models.scheduler_config import AYS_SD15, AYS_SDXL, stable_diffusion_sampling
 from services.denoiser.sampling.noise_process import Float64Array
 from services.denoiser.sampling.planning import plan_sampling
 from services.denoiser.sampling.schedules import (
@@ -60,7 +60,7 @@ def test_every_schedule_falls_to_zero(schedule: str, steps: int) -> None:
     assert (np.diff(sigmas) < 0).all()
 
 
-@pytest.mark.parametrize("schedule", [*SPANS, "sgm_uniform", "ays"])
+@pytest.mark.parametrize("schedule", [*SPANS, "sgm_uniform", "trailing", "ays"])
 @given(steps=st.integers(1, 300))
 def test_every_schedule_but_ddims_begins_at_sigma_max(schedule: str, steps: int) -> None:
     assert sigmas_of(schedule, steps)[0] == pytest.approx(NOISE.sigma_max, rel=1e-12)
@@ -117,6 +117,16 @@ def test_beta_equals_diffusers(steps: int) -> None:
 def test_ddim_equals_diffusers_leading_timesteps(steps: int) -> None:
     expected = diffusers_sigmas(steps, timestep_spacing="leading", steps_offset=1)
     np.testing.assert_allclose(ddim_spacing(NOISE, steps), expected, rtol=DIFFUSERS_RTOL)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("steps", [1, 4, 7, 20, 30, 50])
+def test_trailing_equals_diffusers_also_of_betas_with_zero_terminal_snr(steps: int, zero_snr: bool) -> None:
+    options = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
+    model = stable_diffusion_sampling({**BETAS, "num_train_timesteps": 1000, **options})
+    assert next(iter(model.schedules)) == "trailing"
+    plan = plan_sampling(model, latent_shape=(4, 64, 64), steps=steps)
+    np.testing.assert_allclose(plan.sigmas, diffusers_sigmas(steps, **options), rtol=DIFFUSERS_RTOL)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20, 30, 50])

@@ -55,7 +55,7 @@ def test_a_scheduler_config_names_the_betas() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("beta_schedule", "squaredcos_cap_v2"), ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True)],
+    [("beta_schedule", "squaredcos_cap_v2"), ("trained_betas", [0.1])],
 )
 def test_a_config_with_other_betas_is_refused_by_key(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):
