@@ -17,7 +17,29 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._http: WSGIServer | None = None
-        r = self.registry
+        self._of_calls(self.registry)
+        self._of_denoising(self.registry)
+        self._of_memory(self.registry)
+        self._of_a_gateway(self.registry)
+
+    def serve(self, host: str, port: int) -> int:
+        """Serve /metrics over HTTP from a thread of its own; returns the port (0 asks for a free one).
+
+        Raises:
+            OSError: the address can't be bound.
+        """
+        self._http, _ = start_http_server(port, addr=host, registry=self.registry)
+        return self._http.server_port
+
+    def close(self) -> None:
+        """Stop serving /metrics, if it is served."""
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
+
+    def _of_calls(self, r: CollectorRegistry) -> None:
+        """Calls, and work on the device."""
         self.requests = Counter("safelight_requests", "Calls ended, by status code.", ["method", "code"], registry=r)
         self.request_seconds = Histogram(
             "safelight_request_seconds", "Duration of calls.", ["method"], buckets=_SECONDS_BUCKETS, registry=r
@@ -46,6 +68,9 @@ class Metrics:
             buckets=_BATCH_BUCKETS,
             registry=r,
         )
+
+    def _of_denoising(self, r: CollectorRegistry) -> None:
+        """Steps, and what is done between them."""
         self.denoise_step_seconds = Histogram(
             "safelight_denoise_step_seconds",
             "Duration of one denoising step of a batch.",
@@ -71,6 +96,13 @@ class Metrics:
         self.spilled_requests = Counter(
             "safelight_spilled_requests", "Requests that yielded and whose latents left the device.", registry=r
         )
+        self.ranks = Gauge("safelight_ranks", "Processes that share a model and are up.", ["model"], registry=r)
+        self.rank_restarts = Counter(
+            "safelight_rank_restarts", "Times that the processes of a model were started again.", ["model"], registry=r
+        )
+
+    def _of_memory(self, r: CollectorRegistry) -> None:
+        """What is held: weights, LoRAs, tensors for others, caches."""
         self.weights_resident_bytes = Gauge(
             "safelight_weights_resident_bytes", "Weights on the device now.", ["stage", "model"], registry=r
         )
@@ -83,6 +115,7 @@ class Metrics:
             ["stage", "model"],
             registry=r,
         )
+        self.adapter_bytes = Gauge("safelight_adapter_bytes", "Bytes of loaded LoRAs.", ["stage"], registry=r)
         self.tensor_bytes = Counter(
             "safelight_tensor_bytes",
             "Tensor bytes received, by path (inline, local, shared, stream).",
@@ -100,11 +133,9 @@ class Metrics:
         self.cache_hits = Counter("safelight_cache_hits", "Answers from a cache.", ["cache"], registry=r)
         self.cache_misses = Counter("safelight_cache_misses", "Answers a cache lacked.", ["cache"], registry=r)
         self.cache_bytes = Gauge("safelight_cache_bytes", "Bytes a cache holds.", ["cache"], registry=r)
-        self.adapter_bytes = Gauge("safelight_adapter_bytes", "Bytes of loaded LoRAs.", ["stage"], registry=r)
-        self.ranks = Gauge("safelight_ranks", "Processes that share a model and are up.", ["model"], registry=r)
-        self.rank_restarts = Counter(
-            "safelight_rank_restarts", "Times that the processes of a model were started again.", ["model"], registry=r
-        )
+
+    def _of_a_gateway(self, r: CollectorRegistry) -> None:
+        """Replicas, what is kept for requests, and how they are admitted."""
         self.replicas = Gauge("safelight_replicas", "Replicas known, by health.", ["stage", "healthy"], registry=r)
         self.retries = Counter("safelight_retries", "Stage calls repeated on another replica.", ["stage"], registry=r)
         self.resumes = Counter(
@@ -140,19 +171,3 @@ class Metrics:
             registry=r,
         )
         self.file_bytes = Counter("safelight_file_bytes", "Bytes of result files sent to clients.", registry=r)
-
-    def serve(self, host: str, port: int) -> int:
-        """Serve /metrics over HTTP from a thread of its own; returns the port (0 asks for a free one).
-
-        Raises:
-            OSError: the address can't be bound.
-        """
-        self._http, _ = start_http_server(port, addr=host, registry=self.registry)
-        return self._http.server_port
-
-    def close(self) -> None:
-        """Stop serving /metrics, if it is served."""
-        if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
-            self._http = None
