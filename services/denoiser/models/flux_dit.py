@@ -240,7 +240,7 @@ def place_queries_and_keys(qkv: Tensor, qk_norm: Tensor, rope: Tensor, out: Tens
     """
     weight = qk_norm.float().view(2, 1, -1)
     # On a CPU strip by strip: fresh memory for all tokens at once takes ten times as long as the computation in cache.
-    strip = STRIP_TOKENS if qkv.device.type == "cpu" else qkv.shape[1]
+    strip = STRIP_TOKENS if qkv.device.type == "cpu" else max(qkv.shape[1], 1)
     for tokens in (slice(start, start + strip) for start in range(0, qkv.shape[1], strip)):
         x = qkv[:, tokens, : out[0, 0].numel()].view(out[:, tokens].shape).float()
         x.mul_(x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()).mul_(weight)
