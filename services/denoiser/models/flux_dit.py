@@ -31,7 +31,7 @@ from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, weight_names
 from services.modeling.parallel.mesh import ONE_RANK_MESH, ParallelMesh
 from services.modeling.parallel.sharing import share
-from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, TensorPlan
+from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, Gathered, TensorPlan
 from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
@@ -44,8 +44,10 @@ STRIP_TOKENS = 64
 FLOAT16_LIMIT = torch.finfo(torch.float16).max
 SCALAR_FACTOR = 1000.0  # of times in 0..1 and of guidance scales, ahead of their embedding
 
-# The modulation and both ends stay whole on each rank: they see one row a request, not its tokens.
+# Both ends stay whole on each rank: they are small. The blocks' modulation, a quarter of all weights, sees one row a
+# request, so that its outputs are soon gathered.
 TENSOR_PLAN: TensorPlan = {
+    "double_blocks.{}.modulation": Gathered(),
     "double_blocks.{}.image.to_qkv": ByOutputs(parts=(1, 1, 1)),
     "double_blocks.{}.image.to_out": ByInputs(),
     "double_blocks.{}.image.mlp_in": ByOutputs(),
@@ -54,6 +56,7 @@ TENSOR_PLAN: TensorPlan = {
     "double_blocks.{}.text.to_out": ByInputs(),
     "double_blocks.{}.text.mlp_in": ByOutputs(),
     "double_blocks.{}.text.mlp_out": ByInputs(),
+    "single_blocks.{}.modulation": Gathered(),
     "single_blocks.{}.to_qkv": ByOutputs(parts=(1, 1, 1)),
     "single_blocks.{}.mlp_in": ByOutputs(),
     "single_blocks.{}.to_out": ByInputs(parts=(1, MLP_RATIO)),

@@ -35,7 +35,7 @@ from services.modeling.weights import Checkpoint, WholeWeights, load_weights
 PICTURE_NORM_EPS = 1e-5
 TIME_FEATURES = 256
 
-# The modulation, the embedders and the head stay whole on each rank: they see one row a request, or are small.
+# The modulation, which may be asked for each token, the embedders and the head stay whole on each rank: they are small.
 TENSOR_PLAN: TensorPlan = {
     "blocks.{}.to_qkv": ByOutputs(parts=(1, 1, 1)),
     "blocks.{}.qk_norm": ByOutputs(parts=(1, 1)),

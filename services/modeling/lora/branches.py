@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from services.modeling.layers import GatedLinear, GeluLinear, Upsample
 from services.modeling.lora.adapter import Applied, Change
 from services.modeling.lora.maps import Map, map_of
-from services.modeling.parallel.tensor_parallel import SummedLinear
+from services.modeling.parallel.shared_linear import SharedLinear
 
 Rows: TypeAlias = slice | list[int]
 
@@ -79,7 +79,7 @@ def _evenly_spaced(rows: list[int]) -> Rows:
 
 def _hook(layer: nn.Module, beside: Sequence[_Branch]) -> RemovableHandle:
     apply = map_of(layer)
-    if isinstance(layer, GatedLinear | GeluLinear | SummedLinear):
+    if isinstance(layer, GatedLinear | GeluLinear | SharedLinear):
 
         def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             delta = args[0].new_zeros(*args[0].shape[:-1], len(layer.bias))

@@ -15,17 +15,15 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from services.modeling.float8 import stored_parameters
+from services.modeling.parallel.gathering import all_gather
 from services.modeling.parallel.mesh import Axis
 from services.modeling.parallel.shards import Shard, Shares, even_shard, leave_shard
 from services.modeling.residency import Residency
 from services.modeling.weight_streaming import FlatLayout, OffloadedWeights, WeightBlock
 from services.modeling.weight_transfer import Transfer
-
-# Its name since torch 2.13, and the one before.
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
 
 def share_rows(network: nn.Module, axis: Axis) -> dict[str, Shard]:
@@ -106,7 +104,7 @@ class RowsOfWeights:
             if kept.numel() == whole.numel():
                 whole.copy_(kept, non_blocking=True)
             else:
-                _all_gather(whole, kept, group=self._axis.group)
+                all_gather(whole, kept, self._axis)
 
 
 def _whole(rows: Tensor, ranks: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Layers of which each rank has some rows or columns (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
 
 A pair of layers is shared with one exchange: the first by its outputs, so that each rank has some heads, or some hidden
-channels, to itself, and the second by its inputs, whose partial products are then summed over the ranks. Which layers
-those are is a plan, data beside the model. What it does not name every rank has whole.
+channels, to itself, and the second by its inputs, whose partial products are then summed over the ranks. A large layer
+that sees few rows, as modulation does, is shared alone, and its outputs are gathered. Which layers those are is a plan,
+data beside the model. What it does not name every rank has whole.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn import functional as F
+from torch import nn
 
 from safelight.errors import CheckpointError
-from services.modeling.layers import Linear
-from services.modeling.packing import packed_linear
 from services.modeling.parallel.mesh import Axis
 from services.modeling.parallel.shards import Shard, even_shard, leave_shard
+from services.modeling.parallel.shared_linear import GatheredLinear, SharedLinear, SummedLinear
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -47,31 +46,19 @@ class ByInputs:
     parts: tuple[int, ...] = (1,)
 
 
-TensorPlan: TypeAlias = Mapping[str, ByOutputs | ByInputs]
+@dataclass(frozen=True)
+class Gathered:
+    """A layer of which each rank has rows, and whose outputs are gathered: for layers that see few rows of input."""
+
+    parts: ClassVar[tuple[int, ...]] = (1,)
+
+
+Split: TypeAlias = ByOutputs | ByInputs | Gathered
+TensorPlan: TypeAlias = Mapping[str, Split]
 """By the names of layers, or of parameters; `{}` stands for the number of a block."""
 
 
-class SummedLinear(Linear):
-    """x Wᵀ + b (+ residual) where each rank of an axis has some of x's channels. x: [..., in / ranks] -> [..., out].
-
-    The bias is added by the first rank, and the residual to the sum.
-    """
-
-    def __init__(self, whole: nn.Linear, axis: Axis) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = whole.in_features, whole.out_features
-        self.weight, self.bias, self._axis = whole.weight, whole.bias, axis
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, delta: Tensor | None = None) -> Tensor:
-        """delta: [..., out], this rank's part of what is added to the product."""
-        weight, bias = self.weight, self.bias if self._axis.rank == 0 else None
-        if weight.is_mkldnn:
-            y = packed_linear(x, weight, bias, add=delta)
-        else:
-            y = F.linear(x, weight, bias)
-            y = y if delta is None else y + delta
-        distributed.all_reduce(y, group=self._axis.group)
-        return y if residual is None else y + residual
+_LAYERS: Mapping[type[Split], type[SharedLinear]] = {ByInputs: SummedLinear, Gathered: GatheredLinear}
 
 
 def share_layers(network: nn.Module, plan: TensorPlan, heads: int, axis: Axis) -> dict[str, Shard]:
@@ -101,12 +88,12 @@ def share_layers(network: nn.Module, plan: TensorPlan, heads: int, axis: Axis) -
             continue
         shards[name] = shard = _shard(name, parameter.shape, split, axis)
         leave_shard(network, name, shard)
-        if isinstance(split, ByInputs):
-            network.set_submodule(path, SummedLinear(_linear(network, path), axis))
+        if kind == "weight" and (exchanging := _LAYERS.get(type(split))):
+            network.set_submodule(path, exchanging(_linear(network, path), axis))
     return shards
 
 
-def _shard(name: str, shape: torch.Size, split: ByOutputs | ByInputs, axis: Axis) -> Shard:
+def _shard(name: str, shape: torch.Size, split: Split, axis: Axis) -> Shard:
     dim = int(isinstance(split, ByInputs))
     unit, rest = divmod(shape[dim], sum(split.parts))
     parts = [unit * part for part in split.parts]
