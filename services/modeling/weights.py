@@ -228,7 +228,7 @@ class WholeWeights:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of a name on the CPU, in the dtype that it was loaded in."""
-        return torch.cat(_read(self.checkpoint, self.sources[name])).to(dtype)
+        return torch.cat([part.to(dtype) for part in _read(self.checkpoint, self.sources[name])])
 
 
 def _resolve(path: Path) -> list[Path]:
