@@ -27,7 +27,7 @@ from services.modeling.product_speed import bfloat16_is_fast
 
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
-_MIN_LENGTH = 768  # below it the preparation costs more than it saves
+_MIN_LENGTH = 512  # below it the preparation costs more than it saves
 _BLOCK_LOGITS = 2**21  # of a block of queries: they stay in the CPU's cache
 _COLUMN_MULTIPLE = 16
 _SAMPLED_KEYS = 64
