@@ -249,14 +249,19 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return dense.view(*dense.shape[:2], *layer.kernel_size) if isinstance(layer, Conv2d) else dense
 
 
-def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A layer like this one, in other memory, with another weight, in the form that this one has."""
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias [out]; None: the layer has none."""
+    return cast("Tensor | None", (layer.conv if isinstance(layer, Upsample) else layer).bias)
+
+
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer like this one, in other memory, with another weight and bias, in the form that this one has."""
     other = _unpacked_copy(layer)
     if isinstance(other, Upsample):
         other.conv = _unpacked_copy(other.conv)
-        other.conv.weight = _frozen(weight)
-    else:
-        other.weight = _frozen(weight)
+    changed = other.conv if isinstance(other, Upsample) else other
+    changed.weight = _frozen(weight)
+    changed.register_parameter("bias", None if bias is None else _frozen(bias))
     for packable in _packable(other):
         _pack(packable)
     return other

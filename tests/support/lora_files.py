@@ -48,11 +48,12 @@ def dotted(
 
 
 def of_every_kind(layers: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """kohya's names: LoRA, DoRA, LoHa and LoKr in turns; layers: shapes by the names with prefix."""
+    """kohya's names: LoRA, DoRA, LoHa and LoKr in turns, and biases; layers: shapes by the names with prefix."""
     tensors: Tensors = {}
     for index, (layer, shape) in enumerate(layers.items()):
         kind = (_lora, _dora, _loha, _lokr)[index % 4]
         tensors |= {f"{layer}.{role}": tensor for role, tensor in kind(shape, 100 * index).items()}
+        tensors[f"{layer}.diff_b"] = random_tensor(shape[0], seed=100 * index + 50)
     return tensors
 
 

@@ -40,6 +40,7 @@ class _Branch:
         if isinstance(self.rows, slice):
             part[self.rows].add_(added, alpha=self.scale)
         else:
+            added = added.expand(len(self.rows), *part.shape[1:])
             part.index_add_(0, torch.tensor(self.rows, device=x.device), added, alpha=self.scale)
 
 

@@ -1,7 +1,7 @@
-"""Changes to a layer's weight, in the forms that they are computed in; every one is exact.
+"""Changes to a layer's weight and bias, in the forms that they are computed in; every one is exact.
 
-A change can be applied to the layer's input without ever being a matrix (a branch beside the layer), and can be written
-out as one (to be added to the layer's weight).
+A change of a weight can be applied to the layer's input without ever being a matrix (a branch beside the layer), and
+can be written out as one (to be added to the layer's weight).
 
 Shapes: O and I the layer's widths (or channels) out and in, K the kernel's sides (none for a linear layer), R the rank.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from services.modeling.lora.maps import Map
 from services.modeling.parallel.shards import Span
 
 
-class Delta(Protocol):
+class WeightDelta(Protocol):
     """A change [O, I, *K] to a weight."""
 
     def branch(self, x: Tensor, apply: Map) -> Tensor:
@@ -30,15 +30,15 @@ class Delta(Protocol):
         """The change, written out in float32."""
         ...
 
-    def rows(self, start: int, stop: int) -> Delta:
+    def rows(self, start: int, stop: int) -> WeightDelta:
         """The change of some rows of the weight."""
         ...
 
-    def columns(self, spans: Sequence[Span]) -> Delta:
+    def columns(self, spans: Sequence[Span]) -> WeightDelta:
         """The change of some columns of the weight, stretch by stretch."""
         ...
 
-    def to(self, dtype: torch.dtype) -> Delta:
+    def to(self, dtype: torch.dtype) -> WeightDelta:
         """The same in another dtype."""
         ...
 
@@ -162,3 +162,36 @@ class Dense:
 
 def _columns(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
     return torch.cat([tensor[:, start:stop] for start, stop in spans], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Offset:
+    """A change of a layer's bias: the same at every place of the output, whatever the input.
+
+    Args:
+        change: [O].
+    """
+
+    change: Tensor
+
+    def branch(self, x: Tensor, apply: Map) -> Tensor:
+        """What it adds to every place: [O], or [O, 1, 1] for pictures."""
+        return self.change.view(-1, *[1] * (x.ndim - 2)) if apply.channels == 1 else self.change
+
+    def rows(self, start: int, stop: int) -> Offset:
+        return Offset(self.change[start:stop])
+
+    def columns(self, spans: Sequence[Span]) -> Offset:
+        """The ranks' outputs are summed, so the one that has the first column brings it."""
+        return self if spans[0][0] == 0 else Offset(torch.zeros_like(self.change))
+
+    def to(self, dtype: torch.dtype) -> Offset:
+        return Offset(self.change.to(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        return self.change.nbytes
+
+
+Delta: TypeAlias = WeightDelta | Offset
+"""What is added to a layer."""

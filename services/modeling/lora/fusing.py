@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from services.modeling.layers import dense_weight, with_weight
+from services.modeling.layers import bias_of, dense_weight, with_weight
 from services.modeling.lora.adapter import Applied, Change, SetKey, set_key
+from services.modeling.lora.deltas import Offset
+from services.modeling.mapped_memory import release_mapped
 
 # Passes that a set has to itself before it is fused, and by how much it must then lead the set that is.
 WORTHWHILE_PASSES = 50
@@ -68,13 +70,22 @@ def fuse(network: nn.Module, component: str, applied: Sequence[Applied]) -> Fuse
     """The network's layers with the adapters' changes added to their weights, in float32 before the only rounding."""
     layers = {}
     for path, changes in _by_layer(component, applied).items():
-        original = network.get_submodule(path)
-        base = dense_weight(original)
-        weight = base.float().clone()
-        for change, scale in changes:
-            weight[change.target.start : change.target.stop] += scale * change.delta.weight()
-        layers[path] = with_weight(original, weight.to(base.dtype))
+        layers[path] = _changed(network.get_submodule(path), changes)
     return FusedSet(set_key(applied), layers)
+
+
+def _changed(layer: nn.Module, changes: Sequence[tuple[Change, float]]) -> nn.Module:
+    base, bias = dense_weight(layer), bias_of(layer)
+    weight, offset = base.float().clone(), None if bias is None else bias.float().clone()
+    for change, scale in changes:
+        rows = slice(change.target.start, change.target.stop)
+        if isinstance(change.delta, Offset):
+            offset = weight.new_zeros(len(weight)) if offset is None else offset
+            offset[rows] += scale * change.delta.change
+        else:
+            weight[rows] += scale * change.delta.weight()
+    release_mapped(base)
+    return with_weight(layer, weight.to(base.dtype), None if offset is None else offset.to(base.dtype))
 
 
 def fused_bytes(network: nn.Module, component: str, applied: Sequence[Applied], dtype: torch.dtype) -> int:

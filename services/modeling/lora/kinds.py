@@ -17,12 +17,15 @@ from operator import truediv
 import torch
 from torch import Tensor
 
-from services.modeling.lora.deltas import Delta, Dense, Kronecker, LowRank
+from services.modeling.lora.deltas import Dense, Kronecker, LowRank, Offset, WeightDelta
 from services.modeling.lora.layouts import Role
 
 Shape = tuple[int, ...]
 Scale = Callable[[int], float]
 """What a change is multiplied with, by its rank."""
+
+BIAS: Role = "diff_b"
+"""The role that is for `make_offset`, all others being for `make_delta`."""
 
 
 class MisfitError(ValueError):
@@ -42,7 +45,7 @@ class Layer:
     weight: Callable[[], Tensor]
 
 
-def make_delta(tensors: Mapping[Role, Tensor], scale: Scale, layer: Layer) -> Delta:
+def make_delta(tensors: Mapping[Role, Tensor], scale: Scale, layer: Layer) -> WeightDelta:
     """The change that a layer's tensors stand for, in float32, with its scale taken into it.
 
     Args:
@@ -53,10 +56,7 @@ def make_delta(tensors: Mapping[Role, Tensor], scale: Scale, layer: Layer) -> De
     Raises:
         MisfitError: they do not make a change of this layer's shape.
     """
-    tensors = {role: tensor.float() for role, tensor in tensors.items()}
-    for role, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise MisfitError(f"{role} is not finite")
+    tensors = {role: _finite(tensor, role) for role, tensor in tensors.items()}
     if "alpha" in tensors:
         scale = partial(truediv, tensors["alpha"].item())
     delta = _undecomposed(tensors, scale, layer.shape)
@@ -65,7 +65,24 @@ def make_delta(tensors: Mapping[Role, Tensor], scale: Scale, layer: Layer) -> De
     return delta
 
 
-def _undecomposed(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Delta:
+def make_offset(difference: Tensor, layer: Layer) -> Offset:
+    """The change of a layer's bias, in float32; alpha and rank are not of it.
+
+    Raises:
+        MisfitError: it is not one of this layer's.
+    """
+    if difference.numel() != layer.shape[0]:
+        raise MisfitError(f"{BIAS} is {list(difference.shape)}; must be [{layer.shape[0]}]")
+    return Offset(_finite(difference, BIAS).flatten())
+
+
+def _finite(tensor: Tensor, role: Role) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise MisfitError(f"{role} is not finite")
+    return tensor.float()
+
+
+def _undecomposed(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> WeightDelta:
     """The change by the product of the tensors, without DoRA's magnitude."""
     for kind, needed in _KINDS:
         if tensors.keys() >= needed:
@@ -73,7 +90,7 @@ def _undecomposed(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) ->
     raise MisfitError(f"has only {', '.join(sorted(tensors))}, which make no change")
 
 
-def _low_rank(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Delta:
+def _low_rank(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> WeightDelta:
     """LoRA, and LoCon where the layer is a convolution; with `mid`, the kernel is a Tucker decomposition's."""
     down, up = tensors["down"], tensors["up"]
     rank = len(down)
@@ -86,7 +103,7 @@ def _low_rank(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Del
     return LowRank(down, up.reshape(shape[0], rank) * scale(rank))
 
 
-def _hadamard(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Delta:
+def _hadamard(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> WeightDelta:
     """LoHa: the product, element by element, of two changes of low rank.
 
     It is itself a change of rank R² at most, (a1 ⊙ a2)(b1 ⊙ b2) over all pairs of ranks; computed so where that is
@@ -105,7 +122,7 @@ def _hadamard(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Del
     return LowRank(down.view(-1, *shape[1:]), up * factor)
 
 
-def _kronecker(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Delta:
+def _kronecker(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> WeightDelta:
     """LoKr: a Kronecker product, of which either factor may be of low rank; alpha counts only if one is."""
     left, left_rank = _factor(tensors, "lokr_w1")
     right, right_rank = _factor(tensors, "lokr_w2")
@@ -119,12 +136,12 @@ def _kronecker(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> De
     return Kronecker(left * (scale(rank) if rank else 1.0), right)
 
 
-def _difference(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> Delta:
+def _difference(tensors: Mapping[Role, Tensor], scale: Scale, shape: Shape) -> WeightDelta:
     """The whole change, as it is."""
     return Dense(_shaped(tensors["diff"], shape, "diff"))
 
 
-_Kind = Callable[[Mapping[Role, Tensor], Scale, Shape], Delta]
+_Kind = Callable[[Mapping[Role, Tensor], Scale, Shape], WeightDelta]
 _KINDS: tuple[tuple[_Kind, frozenset[str]], ...] = (
     (_low_rank, frozenset({"down", "up"})),
     (_hadamard, frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})),
@@ -150,7 +167,7 @@ def _lengths_kept(tensors: Mapping[Role, Tensor], shape: Shape) -> tuple[Tensor,
     return lengths, kept
 
 
-def _decomposed(delta: Delta, magnitude: Tensor, kept: int, weight: Tensor) -> Dense:
+def _decomposed(delta: WeightDelta, magnitude: Tensor, kept: int, weight: Tensor) -> Dense:
     """DoRA: the changed weight W + Δ, each row or column of it brought to its trained length, less W.
 
     Scaled by s it leads from W to the trained weight in a straight line; at s = 1 it is the paper's.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 Role: TypeAlias = str
-"""What a tensor is to its layer: "down", "mid", "up", "alpha", "diff", "magnitude" (DoRA's, of rows), "dora_scale" (of
-rows or columns), or one of LyCORIS' own, as they are called there: "hada_w1_a", "lokr_t2" …"""
+"""What a tensor is to its layer: "down", "mid", "up", "alpha", "diff", "diff_b" (of its bias), "magnitude" (DoRA's, of
+rows), "dora_scale" (of rows or columns), or one of LyCORIS' own, as they are called there: "hada_w1_a", "lokr_t2" …"""
 
 DENOISER = "denoiser"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -73,6 +73,7 @@ _KOHYA_ROLES: Mapping[str, Role] = {
     "alpha": "alpha",
     "dora_scale": "dora_scale",
     "diff": "diff",
+    "diff_b": "diff_b",
 }
 _KOHYA = re.compile(
     rf"(?P<component>{'|'.join(_KOHYA_COMPONENTS)})_(?P<layer>\w+)\."
@@ -94,6 +95,7 @@ _DOTTED_ROLES: tuple[tuple[re.Pattern[str], Role], ...] = tuple(
         (r"\.dora_scale", "dora_scale"),
         (r"\.alpha", "alpha"),
         (r"\.diff", "diff"),
+        (r"\.diff_b", "diff_b"),
     )
 )
 _XLABS = re.compile(

@@ -12,7 +12,7 @@ import torch
 from safelight.errors import CheckpointError, InvalidRequestError
 from services.modeling.lora.adapter import Adapter, Change, Match
 from services.modeling.lora.deltas import Delta
-from services.modeling.lora.kinds import Layer, MisfitError, Scale, make_delta
+from services.modeling.lora.kinds import BIAS, Layer, MisfitError, Scale, make_delta, make_offset
 from services.modeling.lora.layouts import Reading, Role, read_layout
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.scales import PeftConfig, read_configs
@@ -53,9 +53,9 @@ def read_adapter(name: str, path: str, networks: Sequence[AdaptableNetwork], com
             unmatched += keys.values()
             continue
         scale = configs.get(component, PeftConfig()).scale(layer)
-        delta = _delta(path, checkpoint, keys, network, targets, scale)
-        for each in targets:
-            changes[network.component] += network.changes(each, delta.rows(each.source_start, each.source_stop))
+        for delta in _deltas(path, checkpoint, keys, network, targets, scale):
+            for each in targets:
+                changes[network.component] += network.changes(each, delta.rows(each.source_start, each.source_stop))
         matched += len(keys)
     if unmatched and not matched and len(unmatched) > len(reading.unknown):
         raise _refusal(path, f"fits nothing of the model: it is for another family, with {_first(unmatched)}")
@@ -100,25 +100,29 @@ def _layers(reading: Reading, components: Collection[str]) -> dict[tuple[str, st
     return layers
 
 
-def _delta(
+def _deltas(
     path: str,
     checkpoint: Checkpoint,
     keys: Mapping[Role, str],
     network: AdaptableNetwork,
     targets: Sequence[Target],
     scale: Scale,
-) -> Delta:
-    """The change of a layer, on the network's device.
+) -> list[Delta]:
+    """The changes of a layer's weight and bias, on the network's device.
 
     Raises:
         InvalidRequestError: its tensors do not fit each other or the layer.
     """
     tensors = {role: checkpoint.tensor(key).to(network.device) for role, key in keys.items()}
+    bias = tensors.pop(BIAS, None)
     layer = Layer(network.weight_shape(targets), lambda: network.weight(targets))
     try:
-        return make_delta(tensors, scale, layer).to(network.dtype)
+        changes: list[Delta] = [] if bias is None else [make_offset(bias, layer)]
+        if tensors or bias is None:
+            changes.append(make_delta(tensors, scale, layer))
     except MisfitError as error:
         raise _refusal(path, f"{_first(sorted(keys.values()))}: {error}. Is it for another model?") from error
+    return [change.to(network.dtype) for change in changes]
 
 
 def _refusal(path: str, sentence: str) -> InvalidRequestError:

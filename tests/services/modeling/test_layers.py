@@ -175,7 +175,7 @@ def test_without_a_budget_only_a_small_network_gets_all_forms(
 def test_another_weight_gets_the_form_that_the_layer_has(spare: int) -> None:
     layer = Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     pack_weights(layer, bytes_of(layer) + spare)
-    other = with_weight(layer, dense_weight(layer) + 1.0)
+    other = with_weight(layer, dense_weight(layer) + 1.0, layer.bias)
     assert isinstance(other, Conv2d)
     assert (other._tiles is None) == (layer._tiles is None)
     assert torch.equal(dense_weight(other), dense_weight(layer) + 1.0)

@@ -31,11 +31,12 @@ from services.denoiser.registry import LOADERS, LocalDenoiser
 from services.modeling import components
 from services.modeling.float8 import is_stored_as_float8
 from services.modeling.lora.adapter import Adapter, Applied
+from services.modeling.lora.deltas import Offset
 from services.modeling.lora.fusing import fuse
 from services.modeling.lora.layouts import DENOISER
 from services.modeling.lora.reading import read_adapter
 from services.modeling.placement import Placement
-from tests.support.lora_files import Tensors, dotted, kohya, of_every_kind, save
+from tests.support.lora_files import Tensors, dotted, kohya, of_every_kind, random_tensor, save
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sd15 import save_tiny_sd15
 from tests.support.tiny_sdxl import save_tiny_sdxl
@@ -267,6 +268,20 @@ def test_one_change_is_the_same_by_all_its_names(model: Model, layout: str, tmp_
     assert torch.equal(model.predict(model.denoiser, [0], [(Applied(adapter, 1.0),)]), expected)
 
 
+@pytest.mark.parametrize("model", ["sdxl", "flux", "wan"], indirect=True)
+def test_a_difference_of_a_bias_is_a_changed_bias(model: Model, tmp_path: Path) -> None:
+    theirs, original = ORIGINAL_NAMES[model.name]
+    difference = random_tensor(model.layers()[theirs][0], seed=0)
+    adapter = model.read(save({f"diffusion_model.{original}.diff_b": difference}, tmp_path / "lora.safetensors"))
+    assert (adapter.match.layout, adapter.match.matched) == ("comfyui", 1)
+    weights = dict(getattr(model.theirs(), model.family.component).state_dict())
+    weights[f"{theirs}.bias"] = weights[f"{theirs}.bias"] + 0.5 * difference
+    expected = model.predict(model.with_weights(weights, tmp_path / "changed"), [0], [()])
+    assert_close(model.predict(model.denoiser, [0], [(Applied(adapter, 0.5),)]), expected)
+    with pytest.raises(InvalidRequestError, match=r"diff_b is \[3\]; must be"):
+        model.read(save({f"diffusion_model.{original}.diff_b": torch.ones(3)}, tmp_path / "short.safetensors"))
+
+
 WIDTH = 64  # of the tiny FLUX.1
 # Fused layers of the original by LoRAs' names, and the layers of diffusers that they are the rows of.
 FUSED = {
@@ -381,5 +396,6 @@ def test_alphas_come_from_the_header_that_diffusers_writes_or_from_peft_s_config
     (beside / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
     save(dotted({f"base_model.model.{layer}": (64, 64)}), beside / "adapter_model.safetensors")
     for adapter, scale in ((told, 12 / 4), (model.read(beside), 6 / 2)):
-        (change,), (usual,) = adapter.changes[DENOISER], plain.changes[DENOISER]
-        torch.testing.assert_close(change.delta.weight(), usual.delta.weight() * scale)
+        deltas = [change.delta for each in (adapter, plain) for change in each.changes[DENOISER]]
+        told_so, usual = (delta.weight() for delta in deltas if not isinstance(delta, Offset))
+        torch.testing.assert_close(told_so, usual * scale)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.modeling.lora.deltas import Delta, Dense, LowRank
+from services.modeling.lora.deltas import Dense, LowRank, WeightDelta
 from services.modeling.lora.kinds import Layer, MisfitError, make_delta
 from tests.support.lora_files import random_tensor
 
@@ -23,7 +23,7 @@ def no_alpha(rank: int) -> float:
     return 1.0
 
 
-def made(shape: tuple[int, ...], **tensors: Tensor) -> Delta:
+def made(shape: tuple[int, ...], **tensors: Tensor) -> WeightDelta:
     return make_delta(tensors, no_alpha, layer(shape))
 
 
@@ -31,7 +31,7 @@ def numbers(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [random_tensor(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-def assert_equal(delta: Delta, expected: Tensor) -> None:
+def assert_equal(delta: WeightDelta, expected: Tensor) -> None:
     torch.testing.assert_close(delta.weight(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from services.modeling.layers import (
     pack_weights,
 )
 from services.modeling.lora.adapter import Adapter, Applied, Change, Match
-from services.modeling.lora.deltas import Delta, Dense, Kronecker, LowRank
+from services.modeling.lora.deltas import Delta, Dense, Kronecker, LowRank, Offset
 from services.modeling.lora.fusing import WORTHWHILE_PASSES, FusionPolicy, fuse
 from services.modeling.lora.network import AdaptableNetwork
 from services.modeling.lora.targets import Naming, Target, weight_shape
@@ -76,7 +76,7 @@ def make_delta(form: str, shape: tuple[int, ...], seed: int) -> Delta:
     if form == "kronecker":
         right = (shape[0] // 4, shape[1] // 2, *shape[2:])
         return Kronecker(random_tensor(4, 2, seed=seed), random_tensor(*right, seed=seed + 1))
-    return Dense(random_tensor(*shape, seed=seed))
+    return Offset(random_tensor(shape[0], seed=seed)) if form == "offset" else Dense(random_tensor(*shape, seed=seed))
 
 
 def make_adapter(network: AdaptableNetwork, form: str = "low rank", seed: int = 0) -> Adapter:
@@ -99,10 +99,19 @@ def with_dense_changes(network: AdaptableNetwork, applied: Sequence[Applied], x:
     plain = LAYERS_BY_TYPE[type(layer)](layer)
     for each in applied:
         for change in each.adapter.changes["denoiser"]:
-            weight = plain.conv.weight if isinstance(plain, Upsample) else plain.weight
-            weight[change.target.start : change.target.stop] += each.scale * change.delta.weight()
+            changed, rows = plain.conv if isinstance(plain, Upsample) else plain, slice(*span_of(change))
+            if isinstance(change.delta, Offset):
+                bias = torch.zeros(len(changed.weight)) if changed.bias is None else changed.bias.clone()
+                bias[rows] += each.scale * change.delta.change
+                changed.bias = nn.Parameter(bias, requires_grad=False)
+            else:
+                changed.weight[rows] += each.scale * change.delta.weight()
     result: Tensor = plain(x)
     return result
+
+
+def span_of(change: Change) -> tuple[int, int]:
+    return change.target.start, change.target.stop
 
 
 def _like(layer: nn.Module, other: nn.Module) -> nn.Module:
@@ -132,7 +141,7 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("form", ["low rank", "kronecker", "dense"])
+@pytest.mark.parametrize("form", ["low rank", "kronecker", "dense", "offset"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_branch_a_fused_weight_and_a_written_out_change_are_equal(layer: str, form: str, packed: bool) -> None:
     network = make_network(layer, packed)
@@ -148,15 +157,16 @@ def test_a_branch_a_fused_weight_and_a_written_out_change_are_equal(layer: str, 
     assert torch.equal(network.module(x), before)
 
 
+@pytest.mark.parametrize("form", ["low rank", "offset"])
 @pytest.mark.parametrize("layer", ["linear", "gated", "gelu", "convolution", "upsampling"])
-def test_each_row_of_a_batch_has_its_own_adapters(layer: str) -> None:
+def test_each_row_of_a_batch_has_its_own_adapters(layer: str, form: str) -> None:
     network = make_network(layer, packed=True)
-    first, second = (make_adapter(network, seed=seed) for seed in (0, 50))
+    first, second = (make_adapter(network, form, seed) for seed in (0, 50))
     rows = [
         (Applied(first, 1.0),),
         (),
         (Applied(first, 1.0), Applied(second, -0.5)),
-        (Applied(second, 2.0),),
+        (Applied(first, 1.0), Applied(second, 2.0)),
         (Applied(first, 1.0), Applied(second, 2.0)),
     ]
     x = make_input(network)
@@ -181,6 +191,7 @@ def test_changes_of_parts_of_a_fused_layer_touch_their_rows_only() -> None:
         q, k, v = (module(x) - before).chunk(3, dim=-1)
     assert not q.any()
     assert not v.any()
+    assert isinstance(delta, LowRank)
     assert_close(k, x @ delta.weight().T)
 
 
