@@ -42,6 +42,16 @@ def test_a_call_draws_one_picture(pipeline: FluxImagePipeline) -> None:
     assert (picture.mode, picture.size) == ("RGB", (64, 80))
 
 
+def test_two_processes_draw_the_picture_of_one(pipeline: FluxImagePipeline, tiny_flux: Path) -> None:
+    config = FluxPipelineConfig(tiny_flux, device="cpu", parallelism=2, use_cfg_parallel=True)
+    with FluxImagePipeline.from_pretrained(config) as shared:
+        pictures = [
+            each("a cat", "a dog", cfg_scale=3.0, num_inference_steps=2, seed=1, **SIZE) for each in (pipeline, shared)
+        ]
+    difference = ImageChops.difference(*pictures)
+    assert max(most for _, most in difference.getextrema()) <= 1
+
+
 def test_positional_arguments_are_those_of_the_peer(pipeline: FluxImagePipeline) -> None:
     picture = pipeline("a cat", "a dog", None, 1.0, 2, None, 1.0, 64, 80, 2, 1, 3.5, [], None)
     assert picture.size == (80, 64)
@@ -88,7 +98,7 @@ def test_an_unserved_argument_is_refused_by_name(pipeline: FluxImagePipeline, fi
         pipeline(prompt="a cat", **{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("load_text_encoder", False), ("parallelism", 2)])
+@pytest.mark.parametrize(("field", "value"), [("load_text_encoder", False)])
 def test_an_unserved_field_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(UnsupportedError, match=f"^{field}: not served"):
         FluxPipelineConfig("flux", **{field: value})

@@ -79,6 +79,10 @@ class PipelineConfig(ABC):
     def networks(self) -> Sequence[Network]:
         """The networks beside the denoiser, which is the model's own."""
 
+    def denoiser_options(self) -> dict[str, Any]:
+        """What else the manifest says of the denoiser."""
+        return {}
+
 
 def check_served(config: PipelineConfig) -> None:
     """Check that this release serves what a config asks for.
@@ -111,6 +115,7 @@ def manifest_entry(config: PipelineConfig) -> dict[str, Any] | None:
             entry.setdefault(network.stage, {"parts": {}})["parts"][network.part] = _component(network)
         else:
             entry[network.stage] = _component(network)
+    entry["denoiser"] |= config.denoiser_options()
     return entry
 
 

@@ -10,12 +10,13 @@ from PIL import Image
 
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
-from safelight.pipelines.config import Network, PipelineConfig
+from safelight.pipelines.config import Network
 from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
+from safelight.pipelines.parallel import ParallelPipelineConfig
 
 
 @dataclass
-class FluxPipelineConfig(PipelineConfig):
+class FluxPipelineConfig(ParallelPipelineConfig):
     """A FLUX.1 model, dev or schnell, and how it runs.
 
     `model_path` may be the transformer alone (Black Forest Labs' file, diffusers', or GGUF), an all-in-one file, or a
@@ -30,7 +31,6 @@ class FluxPipelineConfig(PipelineConfig):
         t5_dtype: the same.
         vae_dtype: the same.
         load_text_encoder: only True is served.
-        parallelism: only 1 is served.
     """
 
     clip_path: WeightsPath | None = None
@@ -40,10 +40,10 @@ class FluxPipelineConfig(PipelineConfig):
     t5_dtype: Any = None
     vae_dtype: Any = None
     load_text_encoder: bool = True
-    parallelism: int = 1
 
     def __post_init__(self) -> None:
-        refuse_unserved(load_text_encoder=not self.load_text_encoder, parallelism=self.parallelism != 1)
+        super().__post_init__()
+        refuse_unserved(load_text_encoder=not self.load_text_encoder)
 
     @classmethod
     def basic_config(
@@ -55,11 +55,12 @@ class FluxPipelineConfig(PipelineConfig):
         offload_to_disk: bool = False,
         endpoint: str | None = None,
     ) -> FluxPipelineConfig:
-        """A config of what most scripts set."""
+        """A config of what most scripts set; several GPUs share the tokens, and store parts of the weights each."""
         return cls(
             model_path,
             device=device,
             parallelism=parallelism,
+            use_fsdp=parallelism > 1,
             offload_mode=offload_mode,
             offload_to_disk=offload_to_disk,
             endpoint=endpoint,

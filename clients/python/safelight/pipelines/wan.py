@@ -11,12 +11,13 @@ from PIL import Image
 from safelight.input_films import InputFilm
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
-from safelight.pipelines.config import Network, PipelineConfig
+from safelight.pipelines.config import Network
 from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
+from safelight.pipelines.parallel import ParallelPipelineConfig
 
 
 @dataclass
-class WanPipelineConfig(PipelineConfig):
+class WanPipelineConfig(ParallelPipelineConfig):
     """A Wan2.1 text-to-video model, and how it runs.
 
     `model_path` may be the transformer alone (a file, a list of shards, or GGUF), with the other networks named beside
@@ -29,7 +30,6 @@ class WanPipelineConfig(PipelineConfig):
         t5_dtype: as model_dtype, which is bfloat16 on a GPU, float32 on a CPU.
         vae_dtype: as model_dtype, but None is float32 everywhere.
         image_encoder_dtype: not served by this release.
-        parallelism: only 1 is served.
     """
 
     t5_path: WeightsPath | None = None
@@ -38,13 +38,12 @@ class WanPipelineConfig(PipelineConfig):
     t5_dtype: Any = None
     vae_dtype: Any = None
     image_encoder_dtype: Any = None
-    parallelism: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_unserved(
             image_encoder_path=self.image_encoder_path is not None,
             image_encoder_dtype=self.image_encoder_dtype is not None,
-            parallelism=self.parallelism != 1,
         )
 
     @classmethod
@@ -58,12 +57,15 @@ class WanPipelineConfig(PipelineConfig):
         offload_to_disk: bool = False,
         endpoint: str | None = None,
     ) -> WanPipelineConfig:
-        """A config of what most scripts set."""
+        """A config of what most scripts set; several GPUs share the two prompts and the tokens, and store parts of the
+        weights each."""
         return cls(
             model_path,
             image_encoder_path=image_encoder_path,
             device=device,
             parallelism=parallelism,
+            use_cfg_parallel=parallelism > 1,
+            use_fsdp=parallelism > 1,
             offload_mode=offload_mode,
             offload_to_disk=offload_to_disk,
             endpoint=endpoint,
