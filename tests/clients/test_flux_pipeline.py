@@ -48,8 +48,7 @@ def test_two_processes_draw_the_picture_of_one(pipeline: FluxImagePipeline, tiny
         pictures = [
             each("a cat", "a dog", cfg_scale=3.0, num_inference_steps=2, seed=1, **SIZE) for each in (pipeline, shared)
         ]
-    difference = ImageChops.difference(*pictures)
-    assert max(most for _, most in difference.getextrema()) <= 1
+    assert max(ImageChops.difference(*pictures).tobytes()) <= 1
 
 
 def test_positional_arguments_are_those_of_the_peer(pipeline: FluxImagePipeline) -> None:
