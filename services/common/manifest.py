@@ -161,6 +161,7 @@ class ModelEntry:
         latent_preview: file with the map from latents to colours; empty: latent_preview.json in the model's folder.
         defaults: of requests, by the names in `Defaults`; what is missing is the family's own value.
         adapters: LoRAs that are loaded at the start.
+        load_text_encoder: False: no text encoder is loaded, and every prompt is zeros; FLUX.1 only.
     """
 
     name: str
@@ -174,6 +175,7 @@ class ModelEntry:
     decoder: Component = Component()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[AdapterEntry, ...] = ()
+    load_text_encoder: bool = True
 
     def defaults_over(self, family: Defaults) -> Defaults:
         """The defaults of requests: the manifest's over the family's.
@@ -382,7 +384,11 @@ def _switch(value: object, where: str) -> bool:
     return value
 
 
-_READERS: Mapping[str, Callable[[Any, str], int]] = {"memory_budget": _size, "allow_pickle": _switch}
+_READERS: Mapping[str, Callable[[Any, str], int]] = {
+    "memory_budget": _size,
+    "allow_pickle": _switch,
+    "load_text_encoder": _switch,
+}
 
 
 def _known(cls: type[Any], entry: object, where: str) -> dict[str, Any]:

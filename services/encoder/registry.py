@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import ModelDescription
 from services.common.manifest import ModelEntry
 from services.encoder.models.flux import FluxEncoder
+from services.encoder.models.flux_without_text import FluxWithoutText
 from services.encoder.models.sd15 import SD15Encoder
 from services.encoder.models.sdxl import SDXLEncoder
 from services.encoder.models.wan import WanEncoder
@@ -58,9 +60,29 @@ class PromptEncoder(Protocol):
         ...
 
 
-LOADERS: dict[str, Callable[[ModelEntry, torch.device], PromptEncoder]] = {
-    "sd15": SD15Encoder.load,
-    "sdxl": SDXLEncoder.load,
-    "flux": FluxEncoder.load,
-    "wan": WanEncoder.load,
+Loader = Callable[[ModelEntry, torch.device], PromptEncoder]
+
+
+def _load_flux(entry: ModelEntry, device: torch.device) -> PromptEncoder:
+    return FluxEncoder.load(entry, device) if entry.load_text_encoder else FluxWithoutText()
+
+
+def _with_text(load: Loader) -> Loader:
+    """The loader of a family that can't do without text."""
+
+    def checked(entry: ModelEntry, device: torch.device) -> PromptEncoder:
+        if not entry.load_text_encoder:
+            raise CheckpointError(
+                f"model {entry.name!r}: load_text_encoder: only FLUX.1 can do without text; leave it out"
+            )
+        return load(entry, device)
+
+    return checked
+
+
+LOADERS: dict[str, Loader] = {
+    "sd15": _with_text(SD15Encoder.load),
+    "sdxl": _with_text(SDXLEncoder.load),
+    "flux": _load_flux,
+    "wan": _with_text(WanEncoder.load),
 }

@@ -93,13 +93,19 @@ def with_usual_networks(entry: ModelEntry, family: str, stage: str, *, from_hub:
     Raises:
         DownloadError: a network is nowhere, and can't or may not be fetched.
     """
-    for network in USUAL_NETWORKS.get(family, {}).get(stage, ()):
+    for network in _networks(entry, family, stage):
         component = entry.component(stage)
         if not _has(entry, component, network):
             entry = _with_tokenizer(entry, network, from_hub=from_hub)
             path = _fetch(entry, network, stage, from_hub=from_hub)
             entry = entry.with_component(stage, _with_path(component, network.part, path))
     return entry if entry.path else replace(entry, path=_any_path(entry.component(stage)))
+
+
+def _networks(entry: ModelEntry, family: str, stage: str) -> Sequence[UsualNetwork]:
+    if stage == "encoder" and not entry.load_text_encoder:
+        return ()
+    return USUAL_NETWORKS.get(family, {}).get(stage, ())
 
 
 def _has(entry: ModelEntry, component: Component, network: UsualNetwork) -> bool:

@@ -97,12 +97,6 @@ def test_an_unserved_argument_is_refused_by_name(pipeline: FluxImagePipeline, fi
         pipeline(prompt="a cat", **{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("load_text_encoder", False)])
-def test_an_unserved_field_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(UnsupportedError, match=f"^{field}: not served"):
-        FluxPipelineConfig("flux", **{field: value})
-
-
 def test_a_config_becomes_a_manifest_entry(tiny_flux: Path) -> None:
     t5 = tiny_flux / "text_encoder_2"
     config = FluxPipelineConfig(tiny_flux, t5_path=t5, t5_dtype="bfloat16", clip_dtype="float32")
@@ -114,6 +108,17 @@ def test_a_config_becomes_a_manifest_entry(tiny_flux: Path) -> None:
         },
         "denoiser": {"dtype": "auto"},
         "decoder": {"dtype": "auto"},
+    }
+
+
+def test_without_text_encoders_the_manifest_names_none(tiny_flux: Path) -> None:
+    config = FluxPipelineConfig(tiny_flux, load_text_encoder=False)
+    assert manifest_entry(config) == {
+        "name": tiny_flux.name,
+        "path": [str(tiny_flux)],
+        "denoiser": {"dtype": "auto"},
+        "decoder": {"dtype": "auto"},
+        "load_text_encoder": False,
     }
 
 

@@ -83,6 +83,12 @@ def test_what_the_manifest_names_is_not_fetched_and_keeps_its_dtype(hub: ModelSc
     assert encoder.part("clip_l").dtype == "float32"
 
 
+def test_without_text_no_text_encoder_is_fetched(hub: ModelScopeHub, tmp_path: Path) -> None:
+    entry = replace(checkpoint(tmp_path, "double_blocks.0.weight"), load_text_encoder=False)
+    assert with_usual_networks(entry, "flux", "encoder", from_hub=True) == entry
+    assert not hub.asked
+
+
 def test_a_model_without_a_path_is_where_a_network_of_the_stage_is(hub: ModelScopeHub) -> None:
     entry = ModelEntry(name="a", family="flux", denoiser=Component(path="/weights/dit.safetensors"))
     assert [path.name for path in with_usual_networks(entry, "flux", "decoder", from_hub=True).paths] == [NAMES[3]]

@@ -30,7 +30,7 @@ class FluxPipelineConfig(ParallelPipelineConfig):
         clip_dtype: as model_dtype, which is bfloat16 on a GPU, float32 on a CPU.
         t5_dtype: the same.
         vae_dtype: the same.
-        load_text_encoder: only True is served.
+        load_text_encoder: False: CLIP-L and T5 are not loaded, and every prompt is zeros.
     """
 
     clip_path: WeightsPath | None = None
@@ -40,10 +40,6 @@ class FluxPipelineConfig(ParallelPipelineConfig):
     t5_dtype: Any = None
     vae_dtype: Any = None
     load_text_encoder: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unserved(load_text_encoder=not self.load_text_encoder)
 
     @classmethod
     def basic_config(
@@ -68,11 +64,16 @@ class FluxPipelineConfig(ParallelPipelineConfig):
 
     def networks(self) -> Sequence[Network]:
         """CLIP-L, T5 and the VAE."""
-        return [
+        text_encoders = [
             Network("clip", "encoder", self.clip_path, self.clip_dtype, part="clip_l"),
             Network("t5", "encoder", self.t5_path, self.t5_dtype, part="t5"),
-            Network("vae", "decoder", self.vae_path, self.vae_dtype),
         ]
+        vae = Network("vae", "decoder", self.vae_path, self.vae_dtype)
+        return [*text_encoders, vae] if self.load_text_encoder else [vae]
+
+    def of_model(self) -> dict[str, Any]:
+        """Whether it does without text."""
+        return {} if self.load_text_encoder else {"load_text_encoder": False}
 
 
 class FluxImagePipeline(ImagePipeline):
