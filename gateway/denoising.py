@@ -10,10 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from gateway.checkpoints import Checkpoints, is_refused
-from gateway.image_encoding import EncodedImage
+from gateway.input_encoding import EncodedInputs
 from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
-from gateway.prompt_encoding import Encoded
 from gateway.report import Report
 from gateway.retry import Attempts
 from gateway.settings import GatewaySettings
@@ -51,31 +50,31 @@ class Denoising:
     settings: GatewaySettings
     metrics: Metrics
 
-    async def run(self, encoded: Encoded, image: EncodedImage) -> DenoiseResult:
+    async def run(self, inputs: EncodedInputs) -> DenoiseResult:
         """The latent of the picture.
 
         Raises:
-            InputsLostError: the conditioning, or the encoded input picture, is gone.
+            InputsLostError: the conditioning, or another encoded input, is gone.
             SafelightError: a denoiser refused the request, or none could do it.
         """
         attempts = Attempts(_STAGE, self.settings.max_attempts, self.metrics)
         while True:
             start = await self.checkpoints.newest()
             try:
-                return await self._follow(self._request(encoded, image, start), attempts)
+                return await self._follow(self._request(inputs, start), attempts)
             except StageCallError as failure:
                 if start is not None and is_refused(start, failure.error):
                     self.checkpoints.drop()
                 else:
                     await self._recover(failure, attempts)
 
-    def _request(self, encoded: Encoded, image: EncodedImage, start: Checkpoint | None) -> DenoiseRequest:
-        parameters = self.plan.images[self.index]
+    def _request(self, inputs: EncodedInputs, start: Checkpoint | None) -> DenoiseRequest:
+        parameters, image = self.plan.images[self.index], inputs.image
         return DenoiseRequest(
             context=self.plan.context,
             model=parameters.model,
-            conditioning=encoded.positive.conditioning,
-            negative_conditioning=encoded.negative.conditioning,
+            conditioning=inputs.prompts.positive.conditioning,
+            negative_conditioning=inputs.prompts.negative.conditioning,
             latent_shape=self.plan.latent_shape,
             sampling=parameters.sampling,
             guidance=parameters.guidance,
@@ -89,6 +88,8 @@ class Denoising:
             checkpoints=CheckpointOptions(every_steps=self.settings.checkpoint_steps),
             resume_from=start,
             size_conditioning=parameters.size_conditioning if parameters.HasField("size_conditioning") else None,
+            keyframe_latents=inputs.keyframes.latents,
+            keyframe_indices=inputs.keyframes.indices,
         )
 
     async def _follow(self, request: DenoiseRequest, attempts: Attempts) -> DenoiseResult:

@@ -194,12 +194,14 @@ def estimate(work: RequestWork, encoder: StageLoad, denoiser: StageLoad, decoder
     encode = stage_time(encoder, work.encode, 1, shared=False)
     image = stage_time(decoder, work.encode_image, 1, shared=False) if work.encode_image else None
     decode = stage_time(decoder, work.decode, work.images, shared=False)
-    done = 0.0
-    for time in filter(None, (encode, image, denoise, decode)):
+    inputs = [time for time in (encode, image) if time is not None]  # they are encoded at once
+    done = max((time.done for time in inputs), default=0.0)
+    idle = max((time.alone for time in inputs), default=0.0)
+    for time in filter(None, (denoise, decode)):
         done = max(done + time.alone, time.done)  # it begins when it has come and those ahead of it have gone
+        idle += time.alone
     times = {"encoder": encode, "denoiser": denoise, "decoder": _decoder_time(image, decode, work.images)}
-    known = {stage: time for stage, time in times.items() if time is not None}
-    return Estimate(done, sum(time.alone for time in known.values()), known)
+    return Estimate(done, idle, {stage: time for stage, time in times.items() if time is not None})
 
 
 def _decoder_time(image: StageTime | None, decode: StageTime | None, images: int) -> StageTime | None:

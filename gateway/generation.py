@@ -13,17 +13,17 @@ from gateway.admitted import Admitted
 from gateway.catalog import Stages
 from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
-from gateway.image_encoding import EncodedImage, ImageEncoding
+from gateway.input_encoding import EncodedInputs, InputEncoding
 from gateway.inputs import with_measures_of_inputs
 from gateway.leases import Leases
 from gateway.ledger import Ledger
 from gateway.picture import Picture
 from gateway.plan import GenerationPlan, make_plan
-from gateway.prompt_encoding import Encoded, PromptEncoding
 from gateway.report import Emit, Report
 from gateway.settings import GatewaySettings
 from gateway.shared import Shared
 from gateway.stage_calls import StageCalls
+from gateway.tasks import ending
 from gateway.validation import check_generate
 from safelight.errors import DeadlineExceededError, FingerprintMismatchError
 from safelight.v1.generation_service_pb2 import (
@@ -114,26 +114,22 @@ class Generation:
         self, plan: GenerationPlan, calls: StageCalls, reports: Sequence[Report], ledgers: Sequence[Ledger]
     ) -> Sequence[ImageReceipt]:
         """All pictures at once; the first that fails ends the others."""
-        prompts = PromptEncoding(plan, calls, self.metrics, self.settings.max_attempts)
-        image = ImageEncoding(plan, calls, self.metrics, self.settings.max_attempts)
-        encoded = Shared(prompts.encode), Shared(image.encode)
+        encoding = InputEncoding(plan, calls, self.metrics, self.settings.max_attempts)
+        inputs = Shared(encoding.encode)
         tasks = [
-            asyncio.create_task(self._make_one(plan, *encoded, calls, report, ledger))
+            asyncio.create_task(self._make_one(plan, inputs, calls, report, ledger))
             for report, ledger in zip(reports, ledgers, strict=True)
         ]
         try:
-            return await asyncio.gather(*tasks)
+            async with ending(*tasks):
+                return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self.leases.release(prompts.refs + image.refs)
+            self.leases.release(encoding.refs)
 
     async def _make_one(
         self,
         plan: GenerationPlan,
-        prompts: Shared[Encoded],
-        image: Shared[EncodedImage],
+        inputs: Shared[EncodedInputs],
         calls: StageCalls,
         report: Report,
         ledger: Ledger,
@@ -143,8 +139,7 @@ class Generation:
         picture = Picture(
             plan,
             report.index,
-            prompts,
-            image,
+            inputs,
             calls,
             self.credits,
             checkpoints,

@@ -53,7 +53,7 @@ class ImageEncoding:
         Raises:
             SafelightError: the decoder refused the file, or no replica could encode it.
         """
-        if not self.plan.inputs.size:
+        if not self.plan.inputs.start:
             return EncodedImage()
         attempts, lost = Attempts("decoder", self.max_attempts, self.metrics), list[StageTiming]()
         encoded = await (self._film(attempts, lost) if self.plan.inputs.film else self._image(attempts, lost))

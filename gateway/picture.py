@@ -14,10 +14,9 @@ from gateway.checkpoints import Checkpoints
 from gateway.credits import Credits
 from gateway.denoising import Denoising
 from gateway.film import decoder_steps
-from gateway.image_encoding import EncodedImage
+from gateway.input_encoding import EncodedInputs
 from gateway.ledger import Ledger
 from gateway.plan import GenerationPlan
-from gateway.prompt_encoding import Encoded
 from gateway.report import Report
 from gateway.retry import Attempts, InputsLostError
 from gateway.settings import GatewaySettings
@@ -39,8 +38,7 @@ class Picture:
     Args:
         plan: the request.
         index: which picture.
-        prompts: the request's prompts, encoded.
-        image: the picture that the request starts from, encoded.
+        inputs: the request's prompts, and what else it is made from, encoded.
         calls: the stages.
         credits: one is held while the picture is in the stages.
         checkpoints: the picture's own.
@@ -53,8 +51,7 @@ class Picture:
 
     plan: GenerationPlan
     index: int
-    prompts: Shared[Encoded]
-    image: Shared[EncodedImage]
+    inputs: Shared[EncodedInputs]
     calls: StageCalls
     credits: Credits
     checkpoints: Checkpoints
@@ -88,23 +85,21 @@ class Picture:
 
     async def _run_stages(self) -> ImageReceipt:
         self.report.progress("encoder", 0, 1)
-        image, encoded = await self.image.get(), await self.prompts.get()
-        for timings in (image.timings, encoded.timings):
-            self.ledger.note_encoded(timings)
+        inputs = await self.inputs.get()
+        self.ledger.note_encoded(inputs.timings)
         self.report.progress("encoder", 1, 1)
         try:
-            denoised = await self._denoise(encoded, image)
+            denoised = await self._denoise(inputs)
         except InputsLostError:
-            self.prompts.drop(encoded)
-            self.image.drop(image)
+            self.inputs.drop(inputs)
             raise
         frames = decoder_steps(denoised.latents)
         self.report.progress("decoder", 0, frames)
         decoded = await self._decode(denoised)
         self.report.progress("decoder", frames, frames)
-        return self._receipt(encoded, denoised, decoded)
+        return self._receipt(inputs, denoised, decoded)
 
-    async def _denoise(self, encoded: Encoded, image: EncodedImage) -> DenoiseResult:
+    async def _denoise(self, inputs: EncodedInputs) -> DenoiseResult:
         denoising = Denoising(
             self.plan,
             self.index,
@@ -115,7 +110,7 @@ class Picture:
             self.settings,
             self.metrics,
         )
-        denoised = await denoising.run(encoded, image)
+        denoised = await denoising.run(inputs)
         self.refs.append(denoised.latents)
         return denoised
 
@@ -150,17 +145,17 @@ class Picture:
                 self.report.chunk(event.chunk)
         raise InternalError("a decoder ended its stream without a result")
 
-    def _receipt(self, encoded: Encoded, denoised: DenoiseResult, decoded: DecodeResult) -> ImageReceipt:
-        ledger = self.ledger
+    def _receipt(self, inputs: EncodedInputs, denoised: DenoiseResult, decoded: DecodeResult) -> ImageReceipt:
+        ledger, prompts = self.ledger, inputs.prompts
         return ImageReceipt(
             image_index=self.index,
             parameters=self.parameters,
             timings=ledger.timings,
             steps_run=ledger.steps_run,
             determinism=denoised.determinism,
-            token_count=encoded.positive.token_count,
-            truncated_prompt=encoded.positive.truncated_text,
-            truncated_negative_prompt=encoded.negative.truncated_text,
+            token_count=prompts.positive.token_count,
+            truncated_prompt=prompts.positive.truncated_text,
+            truncated_negative_prompt=prompts.negative.truncated_text,
             steps_recomputed=ledger.steps_recomputed,
             steps_saved=self.plan.steps_saved,
             output=self.plan.output,

@@ -86,7 +86,7 @@ def make_plan(request: GenerateRequest, model: ModelDescription) -> GenerationPl
         output=_output(request.output, model),
         determinism=request.determinism,
         preview=request.preview,
-        inputs=input_files(request),
+        inputs=input_files(request, model),
     )
 
 
@@ -157,7 +157,7 @@ def _parameters(
             _told_sizes(request.size_conditioning, width, height) if model.denoiser.size_conditioning else None
         ),
         inputs=input_digests(request.inputs),
-        strength=strength_of(request),
+        strength=strength_of(request, model),
         adapters=_adapters(request, model),
     )
 

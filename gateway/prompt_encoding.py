@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gateway.inputs import IMAGE_EMBEDS
 from gateway.plan import GenerationPlan
 from gateway.retry import Attempts
 from gateway.stage_calls import StageCalls
 from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
 from safelight.v1.tensor_pb2 import TensorRef
-from safelight.v1.work_pb2 import StageTiming
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MediaInput, StageTiming
 from services.common.metrics import Metrics
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedPrompts:
     """A request's prompts, encoded.
 
     positive: the prompt.
@@ -30,7 +31,7 @@ class Encoded:
 
 @dataclass
 class PromptEncoding:
-    """Encodes the prompt and the negative prompt of a request.
+    """Encodes the prompt and the negative prompt of a request, each with the pictures that it is told of.
 
     Args:
         plan: the request.
@@ -46,7 +47,7 @@ class PromptEncoding:
     max_attempts: int
     refs: list[TensorRef] = field(default_factory=list)
 
-    async def encode(self) -> Encoded:
+    async def encode(self) -> EncodedPrompts:
         """The prompts' conditioning.
 
         Raises:
@@ -58,7 +59,7 @@ class PromptEncoding:
         return self._noted(response, lost)
 
     def _request(self) -> EncodeRequest:
-        parameters = self.plan.images[0]
+        parameters, pictures = self.plan.images[0], self._pictures()
         return EncodeRequest(
             context=self.plan.context,
             model=parameters.model,
@@ -67,10 +68,17 @@ class PromptEncoding:
             clip_skip=parameters.clip_skip,
             adapters=parameters.adapters,
             determinism=self.plan.determinism,
+            inputs=[MediaInput(role=MEDIA_ROLE_IMAGE, data=data) for data in pictures],
+            width=parameters.width if pictures else 0,
+            height=parameters.height if pictures else 0,
         )
 
-    def _noted(self, response: EncodeResponse, lost: Sequence[StageTiming]) -> Encoded:
+    def _pictures(self) -> Sequence[bytes]:
+        """The keyframes, if the model is told of them by the encoder, too."""
+        return self.plan.inputs.keyframes if IMAGE_EMBEDS in self.plan.model.denoiser.conditioning else ()
+
+    def _noted(self, response: EncodeResponse, lost: Sequence[StageTiming]) -> EncodedPrompts:
         positive, negative = response.prompts
         for prompt in (positive, negative):
             self.refs.extend(named.tensor for named in prompt.conditioning.tensors)
-        return Encoded(positive, negative, [*lost, response.timing])
+        return EncodedPrompts(positive, negative, [*lost, response.timing])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from gateway.film import film_violations
-from gateway.inputs import input_violations
+from gateway.inputs import IMAGE_EMBEDS, input_violations
 from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError, UnknownAdapterError, UnsupportedError
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
-from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, Adapter, OutputFormat
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, OUTPUT_FORMAT_UNSPECIFIED, Adapter, OutputFormat
 from services.common.fingerprints import check_own_fingerprint
 from services.common.validation import (
     check_adapters,
@@ -44,6 +44,12 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
         refuse_unserved(request, ["size_conditioning"], model.name)
     if not model.decoder.frames_per_latent:
         refuse_unserved(request, ("num_frames", "fps"), model.name)
+    if IMAGE_EMBEDS in model.denoiser.conditioning and MEDIA_ROLE_IMAGE not in model.encoder.inputs:
+        raise UnsupportedError(
+            f"inputs: model {model.name!r} needs an image encoder, which its encoder does not have: name the file in "
+            "the manifest (encoder: {parts: {image_encoder: {path: …}}})",
+            field="inputs",
+        )
     if violations := list(_violations(request, model)):
         raise InvalidRequestError.of_all(violations)
     _check_loaded(request.adapters, model)

@@ -165,7 +165,7 @@ async def test_a_picture_is_encoded_once_for_all_and_nothing_is_left(
     steps = {(event.step, event.steps) for event in events if isinstance(event, Progress) and event.stage == "denoiser"}
     assert steps == {(1, 3), (2, 3), (3, 3)}
     for image in result.images:
-        assert [stage.stage for stage in image.stages] == ["decoder", "encoder", "denoiser", "decoder"]
+        assert [stage.stage for stage in image.stages] == ["encoder", "decoder", "denoiser", "decoder"]
         assert (image.receipt.strength, image.steps) == (0.4, 3)
 
 

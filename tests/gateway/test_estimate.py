@@ -81,13 +81,15 @@ def test_the_decoders_queue_drains_while_the_denoiser_works() -> None:
     assert known(estimate(request(), stage(curve={}), denoiser, longer)).seconds == pytest.approx(3.5)
 
 
-def test_a_picture_to_start_from_is_encoded_before_the_first_step() -> None:
+def test_a_picture_to_start_from_is_encoded_beside_the_prompts_and_before_the_first_step() -> None:
     plane = WorkCost(model="tiny", latent_shape=SHAPE[1:], rows=1, seconds=0.25)
     both = Costs([plane, WorkCost(model="tiny", latent_shape=SHAPE, rows=1, seconds=0.5)])
     decoder = StageLoad([ReplicaLoad(0.0, 0, both)])
     work = replace(request(), encode_image=Work("tiny", SHAPE[1:]))
     found = known(estimate(work, stage(curve={}), stage(0.0, curve={1: 0.1}), decoder))
     assert (found.seconds, found.idle_seconds) == pytest.approx((1.75, 1.75))
+    slower = known(estimate(work, stage(0.0, curve={2: 0.3}, shape=()), stage(0.0, curve={1: 0.1}), decoder))
+    assert (slower.seconds, slower.idle_seconds) == pytest.approx((1.8, 1.8))
     assert (found.stages["decoder"].busy, found.stages["decoder"].each) == pytest.approx((0.75, 0.375))
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from gateway.admission import request_work
-from gateway.inputs import MAX_FILE_BYTES, with_measures_of_inputs
+from gateway.inputs import IMAGE_EMBEDS, MAX_FILE_BYTES, with_measures_of_inputs
 from gateway.plan import GenerationPlan, make_plan
 from gateway.validation import check_generate
 from safelight.errors import InvalidRequestError, UnsupportedError
@@ -23,6 +23,14 @@ from tests.gateway.test_validation import MODEL as PLAIN
 MODEL = ModelDescription()
 MODEL.CopyFrom(PLAIN)
 MODEL.denoiser.inputs.extend([work.MEDIA_ROLE_IMAGE, work.MEDIA_ROLE_MASK])
+
+
+LED = ModelDescription()
+LED.CopyFrom(PLAIN)
+LED.denoiser.inputs.append(work.MEDIA_ROLE_IMAGE)
+LED.denoiser.min_keyframes, LED.denoiser.max_keyframes = 2, 3
+LED.denoiser.conditioning.extend(["prompt_embeds", IMAGE_EMBEDS])
+LED.encoder.inputs.append(work.MEDIA_ROLE_IMAGE)
 
 
 def png(width: int, height: int, mode: str = "L") -> bytes:
@@ -39,10 +47,10 @@ MASK = work.MediaInput(role=work.MEDIA_ROLE_MASK, data=png(3, 5))
 PHOTO = image(png(512, 512))
 
 
-def plan_of(**fields: Any) -> GenerationPlan:
+def plan_of(model: ModelDescription = MODEL, **fields: Any) -> GenerationPlan:
     request = GenerateRequest(prompt="a cat", **fields)
-    check_generate(request, MODEL)
-    return make_plan(with_measures_of_inputs(request, MODEL, MAX_FILM_BYTES), MODEL)
+    check_generate(request, model)
+    return make_plan(with_measures_of_inputs(request, model, MAX_FILM_BYTES), model)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +160,60 @@ def test_the_work_is_that_of_the_steps_that_are_run_and_of_encoding_the_picture(
     assert changed.encode_image is not None
     assert changed.encode_image.latent_shape == (64, 64)
     assert drawn.encode_image is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "remedy"),
+    [
+        (GenerateRequest(), "inputs", "have 0 images; a film of model 'sd15' is led through 2 to 3"),
+        (GenerateRequest(inputs=[PHOTO]), "inputs", "have 1 images"),
+        (GenerateRequest(inputs=[PHOTO] * 4), "inputs", "have 4 images"),
+        (GenerateRequest(inputs=[image(bytes(MAX_FILE_BYTES))] * 3), "inputs", "save them as JPEG or WebP"),
+        (GenerateRequest(inputs=[PHOTO, PHOTO], strength=0.5), "strength", "is led through its images"),
+        (GenerateRequest(inputs=[PHOTO, PHOTO, MASK]), "inputs[2].role", "takes MEDIA_ROLE_IMAGE"),
+    ],
+)
+def test_wrong_keyframes_are_named_with_the_remedy(request_: GenerateRequest, field: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(request_, LED)
+    named = {violation.field: violation.description for violation in caught.value.violations}
+    assert remedy in named[field]
+
+
+def test_a_model_whose_encoder_sees_no_pictures_says_what_to_name() -> None:
+    blind = ModelDescription()
+    blind.CopyFrom(LED)
+    del blind.encoder.inputs[:]
+    with pytest.raises(UnsupportedError, match=r"needs an image encoder.*image_encoder: \{path"):
+        check_generate(GenerateRequest(inputs=[PHOTO, PHOTO]), blind)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "size"),
+    [
+        ((512, 512), {}, (512, 512)),
+        ((4000, 2000), {}, (728, 360)),
+        ((100, 200), {}, (360, 728)),
+        ((100, 200), {"width": 256}, (256, 512)),
+        ((3000, 2000), {"width": 512, "height": 512}, (512, 512)),
+    ],
+)
+def test_keyframes_give_the_proportions_of_the_first_at_the_usual_area(
+    own: tuple[int, int], asked: dict[str, int], size: tuple[int, int]
+) -> None:
+    plan = plan_of(LED, inputs=[image(png(*own)), PHOTO], **asked)
+    assert (plan.images[0].width, plan.images[0].height) == size
+
+
+def test_keyframes_are_kept_in_their_order_and_have_no_strength() -> None:
+    files = [png(64, 64, "L"), png(64, 64, "RGB"), png(64, 64, "1")]
+    plan = plan_of(LED, inputs=[image(data) for data in files])
+    assert plan.inputs.keyframes == tuple(files)
+    assert (plan.inputs.image, plan.strength) == (b"", 1.0)
+    assert [each.sha256 for each in plan.images[0].inputs] == [hashlib.sha256(data).digest() for data in files]
+    assert not plan.images[0].HasField("strength")
+
+
+def test_every_keyframe_is_opened_before_any_stage_is_called() -> None:
+    with pytest.raises(InvalidRequestError, match=r"inputs\[1\].data: \(MEDIA_ROLE_IMAGE\) a picture file must be"):
+        plan_of(LED, inputs=[PHOTO, image(b"no picture")])

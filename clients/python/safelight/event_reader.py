@@ -130,7 +130,7 @@ class EventReader:
             target_size=(sizes.target_width, sizes.target_height) if told_sizes else None,
             seed=parameters.seed,
             strength=round(parameters.strength, 6) if parameters.HasField("strength") else None,
-            inputs={_ROLE_NAMES.get(each.role, str(each.role)): each.sha256.hex() for each in parameters.inputs},
+            inputs=_digests(parameters.inputs),
             num_frames=parameters.num_frames or None,
             fps=parameters.fps or None,
             format=_FORMAT_NAMES.get(output.format, "png"),
@@ -147,6 +147,16 @@ class EventReader:
             file_sha256=_checked_sha256(data, receipt),
             client_version=_client_version(),
         )
+
+
+def _digests(inputs: Iterable[work_pb2.MediaDigest]) -> dict[str, str]:
+    """SHA-256 of each input by what it is; of several alike, the second is "image-2"."""
+    found: dict[str, str] = {}
+    for each in inputs:
+        name = _ROLE_NAMES.get(each.role, str(each.role))
+        count = sum(known.split("-")[0] == name for known in found)
+        found[f"{name}-{count + 1}" if count else name] = each.sha256.hex()
+    return found
 
 
 def _distilled_scale(guidance: work_pb2.GuidanceOptions) -> float | None:

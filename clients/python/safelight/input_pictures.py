@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +19,15 @@ MAX_FILE_BYTES = 3 * 1024 * 1024
 
 _WANTED = "a PIL picture, a picture file's bytes, or its path"
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+def picture_files(field: str, pictures: InputPicture | Sequence[InputPicture] | None) -> list[bytes]:
+    """The files of one picture, of several, or of none; arguments and errors as `picture_file`'s."""
+    if pictures is None:
+        return []
+    if not isinstance(pictures, Sequence) or isinstance(pictures, (bytes, str)):
+        return [picture_file(field, pictures)]
+    return [picture_file(f"{field}[{index}]", picture) for index, picture in enumerate(pictures)]
 
 
 def picture_file(field: str, picture: InputPicture) -> bytes:

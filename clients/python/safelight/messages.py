@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from safelight.errors import InvalidRequestError
 from safelight.input_films import film_file
-from safelight.input_pictures import picture_file
+from safelight.input_pictures import picture_files
 from safelight.options import GenerationOptions
 from safelight.types import Adapter, AdapterReport, Model
 from safelight.v1 import generation_service_pb2 as pb
@@ -134,11 +134,11 @@ def _size(field: str, size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _inputs(options: GenerationOptions) -> list[work_pb2.MediaInput]:
-    pictures = {"image": options.image, "mask": options.mask}
-    files = {field: picture_file(field, picture) for field, picture in pictures.items() if picture is not None}
+    files = [("image", data) for data in picture_files("image", options.image)]
+    files += [("mask", data) for data in picture_files("mask", options.mask)]
     if options.video is not None:
-        files["video"] = film_file("video", options.video, options.fps)
-    return [work_pb2.MediaInput(role=INPUT_ROLES[field], data=data) for field, data in files.items()]
+        files.append(("video", film_file("video", options.video, options.fps)))
+    return [work_pb2.MediaInput(role=INPUT_ROLES[field], data=data) for field, data in files]
 
 
 def _preview(every_steps: int | None) -> work_pb2.PreviewOptions | None:

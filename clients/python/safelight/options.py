@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from safelight.input_films import InputFilm
@@ -20,7 +20,10 @@ class GenerationOptions:
         width: pixels; a multiple of the model's scale factor (8). None: the image's or video's, or the model's own.
         height: pixels.
         image: the picture to start from: a PIL picture, a PNG, JPEG or WebP file's bytes, or its path. It is scaled to
-            width and height; without them it says them, rounded to what the model takes.
+            width and height; without them it says them, rounded to what the model takes. A model that is led through
+            keyframes takes one or several, in their order in time: the first is the film's first frame, the last of
+            several its last, and the others are spread evenly between. Without width and height the film has the
+            first one's proportions and the model's usual number of pixels.
         mask: a picture of any size that says where to repaint the image: white is repainted, black is kept.
         video: the film to start from: frames (PIL pictures of one size), an MP4, WebM or GIF file's bytes, or its path.
             Its frames are scaled to width and height, and the first num_frames are taken; what of these and of fps is
@@ -65,7 +68,7 @@ class GenerationOptions:
     model: str | None = None
     width: int | None = None
     height: int | None = None
-    image: InputPicture | None = None
+    image: InputPicture | Sequence[InputPicture] | None = None
     mask: InputPicture | None = None
     video: InputFilm | None = None
     strength: float | None = None

@@ -46,7 +46,8 @@ class Receipt:
         request_id: names the request in the logs of every stage.
         completed_at: when its last file was complete, by the gateway's clock: ISO 8601 in UTC.
         prompt: and the other fields of GenerationOptions: as they were used, all defaults filled in.
-        inputs: SHA-256, in hexadecimal, of the files that it started from, by what they are: "image", "mask", "video".
+        inputs: SHA-256, in hexadecimal, of the files that it started from, by what they are: "image", "mask", "video";
+            of several pictures the others are "image-2", "image-3" …
         fingerprints: of the weights, by stage.
         determinism: how equal another run will be, "exact" or "default".
         steps: of the sampler's schedule.

@@ -29,7 +29,10 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels; default: the image's or video's, or the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture file to start from; scaled to width and height.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture file to start from; scaled to width and height. Several: a film's keyframes."),
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Picture file: white is repainted, black is kept.")] = None,
     video: Annotated[Path | None, typer.Option(help="Film file to start from; scaled to width and height.")] = None,
     strength: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,9 @@ _DIFFERENT = 1
 def replay(
     receipt: Annotated[Path, typer.Argument(help="That `safelight generate --receipt` wrote.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: none.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The file that the picture started from.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="The file that the picture started from, or each of several.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask's file.")] = None,
     video: Annotated[Path | None, typer.Option(help="The file that the film started from.")] = None,
     model: Annotated[str | None, typer.Option(help="Weights, where there is no endpoint; default: `demo`.")] = None,
@@ -41,9 +44,9 @@ def replay(
     paths = _paths(output, known)
     options = replace(
         known.options(),
-        image=_input_file(known, "image", image),
-        mask=_input_file(known, "mask", mask),
-        video=_input_file(known, "video", video),
+        image=_input_files(known, "image", image or []) or None,
+        mask=next(iter(_input_files(known, "mask", [mask] if mask else [])), None),
+        video=next(iter(_input_files(known, "video", [video] if video else [])), None),
     )
     target = endpoint_or_none(endpoint)
     with connect(target, None if target else _entry(known, model), device) as connection:
@@ -71,20 +74,23 @@ def _paths(output: Path | None, known: Receipt) -> list[Path]:
     return output_paths("--output", output, 1)
 
 
-def _input_file(known: Receipt, name: str, path: Path | None) -> bytes | None:
-    """The file that the picture or film started from, by its name in the receipt; None: it started from none.
+def _input_files(known: Receipt, name: str, paths: Sequence[Path]) -> list[bytes]:
+    """The files of one name that the picture or film started from, in their order.
 
     Raises:
-        InvalidRequestError: it is missing, is another one, or is not needed.
+        InvalidRequestError: one is missing, is another one, or is not needed.
     """
-    wanted, option = known.inputs.get(name), f"--{name}"
-    if path is None and wanted is not None:
-        raise InvalidRequestError.of(option, f"give the file that the picture started from, SHA-256 {wanted}")
-    if path is None:
-        return None
-    if wanted is None:
-        raise InvalidRequestError.of(option, "the picture started from none; leave it out")
-    file = (film_file if name == "video" else picture_file)(option, path)
+    wanted, option = [digest for each, digest in known.inputs.items() if each.split("-")[0] == name], f"--{name}"
+    if len(paths) < len(wanted):
+        missing = ", ".join(wanted[len(paths) :])
+        raise InvalidRequestError.of(option, f"give the file that the picture started from, SHA-256 {missing}")
+    if len(paths) > len(wanted):
+        raise InvalidRequestError.of(option, f"the picture started from {len(wanted) or 'none'}; leave it out")
+    read = film_file if name == "video" else picture_file
+    return [_checked_file(option, path, read(option, path), digest) for path, digest in zip(paths, wanted, strict=True)]
+
+
+def _checked_file(option: str, path: Path, file: bytes, wanted: str) -> bytes:
     if (found := hashlib.sha256(file).hexdigest()) != wanted:
         raise InvalidRequestError.of(
             option, f"{path} has SHA-256 {found}; give the file that the picture started from, {wanted}"

