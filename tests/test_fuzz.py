@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,8 @@ from services.denoiser.sampling.state import SamplerState, state_to_bytes
 from tests.support.films import film_file, moving_square
 from tests.support.fuzz_target import SECONDS, FuzzTarget, Outcome
 from tests.support.spoiled_messages import mutilated, spoiled
-from tests.support.stage_requests import conditioning, decode_request, denoise_request, from_picture
-from tests.support.tiny_wan import save_tiny_wan
+from tests.support.stage_requests import conditioning, decode_request, denoise_request, from_picture, led_request
+from tests.support.tiny_wan import save_tiny_wan, save_tiny_wan_i2v
 
 OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -49,8 +50,9 @@ OUTCOMES = set(grpc.StatusCode) - {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTE
 def target(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuzzTarget]:
     """Its tensors are small, and travel under leases as if they were large."""
     folder = tmp_path_factory.mktemp("fuzz")
-    tiny_wan, manifest = save_tiny_wan(folder / "tiny-wan"), folder / "manifest.yaml"
-    manifest.write_text(f"models: [{{name: tiny, path: {tiny_sd15}}}, {{name: tiny-wan, path: {tiny_wan}}}]\n")
+    paths = {"tiny": tiny_sd15, "tiny-wan": save_tiny_wan(folder / "wan"), "led": save_tiny_wan_i2v(folder / "led")}
+    manifest = folder / "manifest.yaml"
+    manifest.write_text(json.dumps({"models": [{"name": name, "path": str(path)} for name, path in paths.items()]}))
     target = FuzzTarget(str(manifest))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_store, "MAX_INLINE_BYTES", 256)
@@ -112,14 +114,30 @@ INPUTS = [
 REPAINT = GenerateRequest(
     model="tiny", prompt="a cat", inputs=INPUTS, strength=0.5, sampling=GENERATE.sampling, guidance=GENERATE.guidance
 )
+LEAD = GenerateRequest(
+    model="led",
+    prompt="a cat",
+    inputs=INPUTS[:1] * 2,
+    width=64,
+    height=64,
+    num_frames=5,
+    sampling=SamplingOptions(steps=2),
+    guidance=GENERATE.guidance,
+)
 CASES = {
     "encode": Case("encoder", "EncoderService/Encode", EncodeRequest(model="tiny", prompts=["a cat", ""])),
+    "encode a picture": Case(
+        "encoder",
+        "EncoderService/Encode",
+        EncodeRequest(model="led", prompts=["a cat"], inputs=INPUTS[:1], width=32, height=32),
+    ),
     "denoise": Case("denoiser", "DenoiserService/Denoise", denoise_request(steps=2)),
     "denoise from a picture": Case(
         "denoiser",
         "DenoiserService/Denoise",
         from_picture(denoise_request(steps=2), torch.zeros(1, 4, 8, 8), 0.9, torch.ones(1, 1, 8, 8)),
     ),
+    "denoise through keyframes": Case("denoiser", "DenoiserService/Denoise", led_request()),
     "denoise with leases": Case("denoiser", "DenoiserService/Denoise", with_leases(), served=False),
     "denoise resumed": Case("denoiser", "DenoiserService/Denoise", resumed(), served=False),
     "decode": Case("decoder", "DecoderService/Decode", decode_request(torch.zeros(1, 4, 8, 8))),
@@ -143,6 +161,7 @@ CASES = {
     ),
     "generate": Case("gateway", "GenerationService/Generate", GENERATE),
     "generate from a picture": Case("gateway", "GenerationService/Generate", REPAINT),
+    "generate through keyframes": Case("gateway", "GenerationService/Generate", LEAD),
     "cancel": Case("gateway", "GenerationService/Cancel", CancelRequest(context=WorkContext(request_id="fuzz"))),
     "pull": Case("denoiser", "TensorExchangeService/Pull", PullRequest(ticket="0f3a"), served=False),
     "release": Case("denoiser", "TensorExchangeService/Release", ReleaseRequest(tickets=["0f3a"])),

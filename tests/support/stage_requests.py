@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from safelight.v1.work_pb2 import (
 )
 from services.modeling.wire import TorchPayload, make_header
 from tests.support.tiny_sd15 import WIDTH
+from tests.support.tiny_wan import IMAGE_TOKENS, IMAGE_WIDTH, TEXT_WIDTH
+
+FILM_SHAPE = (16, 3, 4, 6)
 
 
 def inline(tensor: Tensor) -> TensorRef:
@@ -78,6 +83,35 @@ def from_picture(
     if mask is not None:
         changed.mask.CopyFrom(inline(mask))
     return changed
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, the same for one seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def led_request(
+    model: str = "led", indices: Sequence[int] = (0, 8), latents: Tensor | None = None, pictures: int | None = None
+) -> DenoiseRequest:
+    """A small film of a tiny Wan that is led through keyframes; pictures: how many it is told the embeddings of."""
+    shown = len(indices) if pictures is None else pictures
+    return DenoiseRequest(
+        model=model,
+        conditioning=_of_words_and_pictures(1, shown),
+        negative_conditioning=_of_words_and_pictures(2, shown),
+        latent_shape=FILM_SHAPE,
+        sampling=SamplingOptions(steps=4),
+        guidance=GuidanceOptions(scale=3.0),
+        keyframe_latents=inline(random(1, *FILM_SHAPE, seed=3) if latents is None else latents),
+        keyframe_indices=indices,
+    )
+
+
+def _of_words_and_pictures(seed: int, pictures: int) -> Conditioning:
+    tensors = {"prompt_embeds": random(1, 8, TEXT_WIDTH, seed=seed)}
+    if pictures:
+        tensors["image_embeds"] = random(1, pictures * IMAGE_TOKENS, IMAGE_WIDTH, seed=7)
+    return Conditioning(tensors=[NamedTensor(name=name, tensor=inline(each)) for name, each in tensors.items()])
 
 
 def decode_request(latents: Tensor) -> DecodeRequest:

@@ -8,17 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from safelight.errors import FingerprintMismatchError, InvalidRequestError, NonFiniteError, UnsupportedError
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest
-from safelight.v1.tensor_pb2 import Conditioning, NamedTensor
-from safelight.v1.work_pb2 import GuidanceOptions, SamplingOptions
 from tests.support.running_denoiser import StartDenoiser, checkpoints_of, latents_of, relative_error
-from tests.support.stage_requests import exact, inline, resumed, with_checkpoints
-from tests.support.tiny_wan import IMAGE_TOKENS, IMAGE_WIDTH, TEXT_WIDTH, save_tiny_wan, save_tiny_wan_i2v
-
-SHAPE, STEPS = (16, 3, 4, 6), 4
+from tests.support.stage_requests import FILM_SHAPE as SHAPE
+from tests.support.stage_requests import exact, inline, led_request, random, resumed, with_checkpoints
+from tests.support.tiny_wan import save_tiny_wan, save_tiny_wan_i2v
 
 
 @pytest.fixture(scope="module")
@@ -35,38 +31,16 @@ def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "manifest.yaml")
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def conditioning(seed: int, pictures: int) -> Conditioning:
-    tensors = {"prompt_embeds": random(1, 8, TEXT_WIDTH, seed=seed)}
-    if pictures:
-        tensors["image_embeds"] = random(1, pictures * IMAGE_TOKENS, IMAGE_WIDTH, seed=7)
-    return Conditioning(tensors=[NamedTensor(name=name, tensor=inline(each)) for name, each in tensors.items()])
-
-
-def request(
-    model: str = "led", indices: tuple[int, ...] = (0, 8), latents: Tensor | None = None, pictures: int | None = None
-) -> DenoiseRequest:
-    shown = len(indices) if pictures is None else pictures
-    return DenoiseRequest(
-        model=model,
-        conditioning=conditioning(1, shown),
-        negative_conditioning=conditioning(2, shown),
-        latent_shape=SHAPE,
-        sampling=SamplingOptions(steps=STEPS),
-        guidance=GuidanceOptions(scale=3.0),
-        keyframe_latents=inline(random(1, *SHAPE, seed=3) if latents is None else latents),
-        keyframe_indices=indices,
-    )
-
-
 async def test_the_film_follows_the_pictures_their_places_and_their_embeddings(start: StartDenoiser) -> None:
     denoiser = await start()
     films = [
         await denoiser.latents(each)
-        for each in (request(), request(), request(indices=(0, 4)), request(latents=torch.zeros(1, *SHAPE)))
+        for each in (
+            led_request(),
+            led_request(),
+            led_request(indices=(0, 4)),
+            led_request(latents=torch.zeros(1, *SHAPE)),
+        )
     ]
     assert torch.equal(films[0], films[1])
     assert all(relative_error(film, films[0]) > 1e-3 for film in films[2:])
@@ -76,7 +50,7 @@ async def test_a_request_resumed_elsewhere_brings_them_again_and_ends_bit_for_bi
     start: StartDenoiser,
 ) -> None:
     here, there = await start(), await start(batch_cfg=False)
-    asked = exact(request())
+    asked = exact(led_request())
     events = await here.events(with_checkpoints(asked, 1))
     for checkpoint in checkpoints_of(events):
         assert torch.equal(await there.latents(resumed(asked, checkpoint)), latents_of(events))
@@ -84,7 +58,7 @@ async def test_a_request_resumed_elsewhere_brings_them_again_and_ends_bit_for_bi
 
 async def test_a_warm_up_measures_models_that_need_keyframes(start: StartDenoiser) -> None:
     denoiser = await start(warm_up_steps=1, warm_up_seconds=0.01)
-    assert (await denoiser.latents(request("two"))).shape == (1, *SHAPE)
+    assert (await denoiser.latents(led_request("two"))).shape == (1, *SHAPE)
 
 
 @pytest.mark.parametrize("parallel", [{"cfg": 2, "ulysses": 2}, {"ring": 2}], ids=str)
@@ -101,7 +75,7 @@ async def test_ranks_that_share_the_tokens_make_the_film_of_one_process(
 
 def changed(**fields: Any) -> DenoiseRequest:
     """The usual request with other fields; None takes one away."""
-    made = request()
+    made = led_request()
     for name, value in fields.items():
         made.ClearField(name)  # type: ignore[arg-type]  # any field
         if value is not None:
@@ -110,7 +84,7 @@ def changed(**fields: Any) -> DenoiseRequest:
 
 
 def planned_with_another_decoder() -> DenoiseRequest:
-    made = request()
+    made = led_request()
     made.context.fingerprints["decoder"] = "another"
     made.keyframe_latents.header.fingerprint = "its own"
     return made
@@ -126,11 +100,11 @@ def planned_with_another_decoder() -> DenoiseRequest:
         (changed(keyframe_indices=range(17)), InvalidRequestError, "1 to 16"),
         (changed(keyframe_indices=[0, 9]), InvalidRequestError, "last frame is 8"),
         (changed(keyframe_latents=inline(random(1, 16, 3, 4, 4))), InvalidRequestError, "keyframe_latents"),
-        (request(latents=torch.full((1, *SHAPE), torch.nan)), NonFiniteError, "keyframe_latents"),
-        (request("two", (0,)), InvalidRequestError, "must be 2 rising"),
-        (request("two", pictures=1), InvalidRequestError, "image_embeds"),
-        (request(pictures=0), InvalidRequestError, "image_embeds"),
-        (request("words"), UnsupportedError, "keyframe_latents"),
+        (led_request(latents=torch.full((1, *SHAPE), torch.nan)), NonFiniteError, "keyframe_latents"),
+        (led_request("two", (0,)), InvalidRequestError, "must be 2 rising"),
+        (led_request("two", pictures=1), InvalidRequestError, "image_embeds"),
+        (led_request(pictures=0), InvalidRequestError, "image_embeds"),
+        (led_request("words"), UnsupportedError, "keyframe_latents"),
         (changed(initial_latents=inline(random(1, *SHAPE))), UnsupportedError, "initial_latents"),
         (planned_with_another_decoder(), FingerprintMismatchError, "keyframe_latents"),
     ],
