@@ -101,7 +101,7 @@ def test_a_model_that_takes_no_inputs_says_so() -> None:
 def test_the_picture_says_what_the_request_does_not(
     own: tuple[int, int], asked: dict[str, int], size: tuple[int, int]
 ) -> None:
-    plan = plan_of(inputs=[image(png(*own))], **asked)
+    plan = plan_of(MODEL, inputs=[image(png(*own))], **asked)
     assert (plan.images[0].width, plan.images[0].height) == size
     assert plan.latent_shape == (4, size[1] // 8, size[0] // 8)
 
@@ -142,7 +142,7 @@ def test_a_proportion_beyond_all_sizes_is_refused() -> None:
 def test_the_receipt_is_told_the_strength_and_the_files(
     inputs: list[work.MediaInput], given: dict[str, float], strength: float
 ) -> None:
-    (parameters,) = plan_of(inputs=inputs, **given).images
+    (parameters,) = plan_of(MODEL, inputs=inputs, **given).images
     assert parameters.strength == pytest.approx(strength)
     assert [(each.role, each.sha256) for each in parameters.inputs] == [
         (each.role, hashlib.sha256(each.data).digest()) for each in inputs
