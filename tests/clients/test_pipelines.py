@@ -131,7 +131,7 @@ def test_an_input_picture_is_scaled_to_a_size_that_is_given(pipeline: SDImagePip
         ({"mask_image": Image.new("L", (64, 64))}, "inputs: has a mask and no image"),
         ({"denoising_strength": 0.5}, "strength: needs an image"),
         ({"input_image": Image.new("RGB", (64, 64)), "denoising_strength": 1.7}, "strength: is 1.7; must be from 0 to"),
-        ({"input_image": Image.new("RGB", (24, 24))}, "width: the image has 24x24 pixels, which makes 24x24; give a"),
+        ({"input_image": Image.new("RGB", (24, 24))}, "width: the input has 24x24 pixels, which makes 24x24; give a"),
         ({"input_image": 7}, "image: is a int; give a PIL picture"),
     ],
 )

@@ -70,7 +70,7 @@ async def test_ranks_that_share_the_tokens_make_the_film_of_one_process(
     shared = {"name": "shared", "path": str(folder), "denoiser": {"parallel": parallel}}
     manifest.write_text(yaml.safe_dump({"models": [alone, shared]}))
     denoiser = await start(manifest=str(manifest))
-    assert relative_error(*[await denoiser.latents(request(name)) for name in ("shared", "alone")]) < 1e-5
+    assert relative_error(*[await denoiser.latents(led_request(name)) for name in ("shared", "alone")]) < 1e-5
 
 
 def changed(**fields: Any) -> DenoiseRequest:

@@ -12,7 +12,7 @@ from safelight.input_films import InputFilm
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
 from safelight.pipelines.config import Network
-from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
+from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength
 from safelight.pipelines.parallel import ParallelPipelineConfig
 
 
