@@ -116,7 +116,7 @@ def manifest_entry(config: PipelineConfig) -> dict[str, Any] | None:
         else:
             entry[network.stage] = _component(network)
     entry["denoiser"] |= config.denoiser_options()
-    return entry
+    return entry | config.model_options()
 
 
 def _component(network: Network) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class FluxPipelineConfig(ParallelPipelineConfig):
         vae = Network("vae", "decoder", self.vae_path, self.vae_dtype)
         return [*text_encoders, vae] if self.load_text_encoder else [vae]
 
-    def of_model(self) -> dict[str, Any]:
+    def model_options(self) -> dict[str, Any]:
         """Whether it does without text."""
         return {} if self.load_text_encoder else {"load_text_encoder": False}
 
