@@ -17,6 +17,7 @@ from services.common.manifest import (
     load_manifest,
     with_offload,
 )
+from services.common.parallel_degrees import ParallelDegrees
 
 
 @pytest.fixture
@@ -55,6 +56,17 @@ models:
         defaults={"steps": 4, "guidance_scale": 1},
     )
     assert load_manifest(str(file)) == (majicflus, ModelEntry(name="plain", path="/weights/plain"))
+
+
+def test_a_denoiser_may_be_shared_over_several_devices(file: Path) -> None:
+    file.write_text("""
+models:
+  - {name: a, path: b, denoiser: {parallelism: 4}}
+  - {name: c, path: d, denoiser: {parallel: {cfg: 2, ulysses: 2, fsdp: true}}}
+""")
+    usual, chosen = load_manifest(str(file))
+    assert (usual.denoiser.parallelism, usual.denoiser.parallel) == (4, None)
+    assert chosen.denoiser.parallel == ParallelDegrees(cfg=2, ulysses=2, fsdp=True)
 
 
 def test_in_place_of_a_path_there_may_be_a_source_or_a_family_whose_networks_are_elsewhere(file: Path) -> None:
@@ -116,6 +128,26 @@ def test_several_files_may_be_one_checkpoint(file: Path) -> None:
             r"encoder\.memory_budget: sequential_cpu_offload keeps nothing on the GPU",
         ),
         ("models: [{name: a, path: b, decoder: {allow_pickle: 'yes'}}]", r"allow_pickle: 'yes' must be true or false"),
+        (
+            "models: [{name: a, path: b, denoiser: {parallelism: 3}}]",
+            r"denoiser\.parallelism: 3 is not one of 1, 2, 4, 8",
+        ),
+        ("models: [{name: a, path: b, denoiser: {parallel: 2}}]", r"denoiser\.parallel: must be a mapping"),
+        (
+            "models: [{name: a, path: b, denoiser: {parallel: {dp: 2}}}]",
+            r"parallel: 'dp' is not a field; there are cfg",
+        ),
+        (
+            "models: [{name: a, path: b, denoiser: {parallel: {cfg: two}}}]",
+            r"parallel\.cfg: 'two' must be a whole number",
+        ),
+        ("models: [{name: a, path: b, denoiser: {parallel: {fsdp: 2}}}]", r"parallel\.fsdp: 2 must be true or false"),
+        ("models: [{name: a, path: b, denoiser: {parallel: {cfg: 0}}}]", r"parallel: parallel degree 'cfg' is 0"),
+        (
+            "models: [{name: a, path: b, denoiser: {parallelism: 2, parallel: {cfg: 2}}}]",
+            r"denoiser: 'parallelism' and 'parallel': give one of the two",
+        ),
+        ("models: [{name: a, path: b, decoder: {parallelism: 2}}]", r"decoder: only the denoiser is shared"),
         ("models: [{name: a, path: b, defaults: 4}]", r"models\[0\]\.defaults: must be a mapping"),
         ("models: [{name: a, path: b, defaults: {stepps: 4}}]", r"defaults: 'stepps' is not a field"),
         ("models: [{name: a, path: b, defaults: {steps: 0}}]", r"defaults\.steps: 0 must be a whole number"),

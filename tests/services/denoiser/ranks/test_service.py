@@ -169,10 +169,11 @@ async def test_a_request_at_fault_is_told_so_and_the_ranks_go_on(start_shared: S
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 async def test_after_the_loss_of_a_rank_a_request_goes_on_from_the_state_it_had(
-    start_shared: StartShared, blow: signal.Signals
+    start_shared: StartShared, tmp_path: Path, blow: signal.Signals
 ) -> None:
     denoiser = await start_shared("wan", {"cfg": 2}, rank_answer_seconds=2.0)
-    work = with_checkpoints(request("wan", "shared", steps=400), 300)
+    style = await load_style(denoiser, save(dotted(LAYERS["wan"]), tmp_path / "style.safetensors"))
+    work = exact(with_checkpoints(styled(request("wan", "shared", steps=400), [style]), 300))
     undisturbed = await denoiser.latents(work)
     struck = rank_processes()
     events, error = await strike(denoiser, work, lambda: os.kill(struck[1], blow))
