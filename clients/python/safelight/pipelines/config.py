@@ -79,6 +79,10 @@ class PipelineConfig(ABC):
     def networks(self) -> Sequence[Network]:
         """The networks beside the denoiser, which is the model's own."""
 
+    def model_options(self) -> dict[str, Any]:
+        """What else the manifest says of the model as a whole."""
+        return {}
+
     def denoiser_options(self) -> dict[str, Any]:
         """What else the manifest says of the denoiser."""
         return {}
