@@ -37,7 +37,10 @@ def decoder_steps(latents: TensorRef) -> int:
 
 
 def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterator[FieldViolation]:
-    """What is wrong with the length and the speed of a film that a model is asked for, which makes films."""
+    """What is wrong with the length and the speed of a film that a model is asked for, which makes films.
+
+    How long it may be follows its size; where its inputs are yet to say that, any length is right.
+    """
     yield from check_range("fps", request.fps, 0, MAX_FPS)
     frames, per_latent = request.num_frames, model.decoder.frames_per_latent
     if frames < 0 or (frames and (frames - 1) % per_latent):
@@ -45,8 +48,12 @@ def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterat
         yield FieldViolation(
             "num_frames", f"is {frames}; must be one more than a multiple of {per_latent}: try {nearest}"
         )
-    elif frames > (most := most_frames(request, model)):
+    elif _has_size(request) and frames > (most := most_frames(request, model)):
         yield FieldViolation("num_frames", f"is {frames}; a film of this size may have {most}: shorten it or shrink it")
+
+
+def _has_size(request: GenerateRequest) -> bool:
+    return not request.inputs or (request.width > 0 and request.height > 0)
 
 
 def most_frames(request: GenerateRequest, model: ModelDescription) -> int:

@@ -161,7 +161,10 @@ def with_measures_of_inputs(request: GenerateRequest, model: ModelDescription, m
     if own.frames:
         filled.num_frames = request.num_frames or _frames(filled, model, own)
         filled.fps = request.fps or min(own.fps, MAX_FPS)
-        _check_length(filled, model, own)
+        if filled.num_frames > own.frames:
+            raise _too_short(filled, model, own)
+    if model.decoder.frames_per_latent and (violations := list(film_violations(filled, model))):
+        raise InvalidRequestError.of_all(violations)
     return filled
 
 
@@ -222,19 +225,11 @@ def _frames(request: GenerateRequest, model: ModelDescription, film: FilmFacts) 
     return whole_frames(film.frames, model)
 
 
-def _check_length(request: GenerateRequest, model: ModelDescription, film: FilmFacts) -> None:
-    """Check the frames of a request whose size is known now."""
-    violations = list(film_violations(request, model))
-    if film.frames < request.num_frames:
-        fit = whole_frames(film.frames, model)
-        violations.append(
-            FieldViolation(
-                "num_frames",
-                f"is {request.num_frames} and the film has {film.frames}: ask for {fit}, or give a longer film",
-            )
-        )
-    if violations:
-        raise InvalidRequestError.of_all(violations)
+def _too_short(request: GenerateRequest, model: ModelDescription, film: FilmFacts) -> InvalidRequestError:
+    fit = whole_frames(film.frames, model)
+    return InvalidRequestError.of(
+        "num_frames", f"is {request.num_frames} and the film has {film.frames}: ask for {fit}, or give a longer film"
+    )
 
 
 def _taken(model: ModelDescription) -> str:

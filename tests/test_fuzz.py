@@ -29,6 +29,7 @@ from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorLease, 
 from safelight.v1.work_pb2 import (
     MEDIA_ROLE_IMAGE,
     MEDIA_ROLE_MASK,
+    MEDIA_ROLE_VIDEO,
     Checkpoint,
     GuidanceOptions,
     MediaInput,
@@ -124,6 +125,15 @@ LEAD = GenerateRequest(
     sampling=SamplingOptions(steps=2),
     guidance=GENERATE.guidance,
 )
+REMAKE = GenerateRequest(
+    model="tiny-wan",
+    prompt="a cat",
+    inputs=[MediaInput(role=MEDIA_ROLE_VIDEO, data=FILM)],
+    width=64,
+    height=64,
+    strength=0.5,
+    sampling=SamplingOptions(steps=2),
+)
 CASES = {
     "encode": Case("encoder", "EncoderService/Encode", EncodeRequest(model="tiny", prompts=["a cat", ""])),
     "encode a picture": Case(
@@ -162,6 +172,7 @@ CASES = {
     "generate": Case("gateway", "GenerationService/Generate", GENERATE),
     "generate from a picture": Case("gateway", "GenerationService/Generate", REPAINT),
     "generate through keyframes": Case("gateway", "GenerationService/Generate", LEAD),
+    "generate from a film": Case("gateway", "GenerationService/Generate", REMAKE),
     "cancel": Case("gateway", "GenerationService/Cancel", CancelRequest(context=WorkContext(request_id="fuzz"))),
     "pull": Case("denoiser", "TensorExchangeService/Pull", PullRequest(ticket="0f3a"), served=False),
     "release": Case("denoiser", "TensorExchangeService/Release", ReleaseRequest(tickets=["0f3a"])),
@@ -257,6 +268,10 @@ HUGE_REQUESTS: dict[str, tuple[str, Message]] = {
     "no picture to start from": (
         "generate",
         GenerateRequest(model="tiny", inputs=[MediaInput(role=MEDIA_ROLE_IMAGE, data=HUGE)]),
+    ),
+    "no film to start from": (
+        "generate from a film",
+        GenerateRequest(model="tiny-wan", inputs=[MediaInput(role=MEDIA_ROLE_VIDEO, data=HUGE)]),
     ),
     "many seeds": ("generate", GenerateRequest(model="tiny", seeds=[1] * 500_000)),
     "long prompt": ("generate", GenerateRequest(model="tiny", prompt=HUGE.decode())),

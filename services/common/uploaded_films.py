@@ -23,7 +23,9 @@ FILE_NAME = "film"
 
 _THREADS = "4"
 _MEASURING_SECONDS = 30.0
+_PPM_HEADER_BYTES = 32  # at least
 _WHO_SPEAKS = re.compile(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+")  # before each of ffmpeg's sentences
+_CUT_SHORT = ("File ended prematurely", "partial file")  # ffmpeg says so, and goes on as if nothing were
 _DISCARDED = 0x4  # a packet's flag: decoded for those that follow, and never shown
 
 # The demuxer is named, and only files are read: a playlist would have ffmpeg open what it names.
@@ -90,9 +92,10 @@ def film_facts(data: bytes, max_frame_pixels: int = MAX_FRAME_PIXELS) -> FilmFac
         first = ["-frames:v", "1", "-c:v", "ppm", "-f", "image2", "-update", "1", "first.ppm"]
         packets = ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "packets"]
         words = _run([*reading_command(data, max_frame_pixels), *first, *packets], folder, max_frame_pixels)
-        if "File ended prematurely" in words or not (folder / "first.ppm").is_file():
+        if any(sign in words for sign in _CUT_SHORT) or not (folder / "first.ppm").is_file():
             raise FilmError(fault_of(words, max_frame_pixels))
-        width, height = (folder / "first.ppm").open("rb").read(32).split()[1:3]
+        with (folder / "first.ppm").open("rb") as picture:
+            width, height = picture.read(_PPM_HEADER_BYTES).split()[1:3]
         frames, fps = _pace((folder / "packets").read_text())
         return FilmFacts(int(width), int(height), frames, fps)
 

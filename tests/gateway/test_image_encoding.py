@@ -10,12 +10,32 @@ from PIL import Image
 
 from safelight.errors import InvalidRequestError, LeaseExpiredError, OverloadedError, StageDrainingError
 from safelight.v1 import work_pb2 as work
-from safelight.v1.decoder_service_pb2 import DecodeRequest, DecodeResponse, EncodeImageRequest, EncodeImageResponse
+from safelight.v1.decoder_service_pb2 import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeFilmRequest,
+    EncodeFilmResponse,
+    EncodeImageRequest,
+    EncodeImageResponse,
+)
 from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
 from safelight.v1.generation_service_pb2 import GenerateRequest, GenerateResponse, ImageReceipt
+from safelight.v1.model_pb2 import DecoderDescription, DenoiserDescription
 from tests.gateway.conftest import Deploy
 from tests.serving import failure
-from tests.support.fake_stages import FakeDecoder, FakeDenoiser, checkpoint, encoded_image, rest, step, whole_file
+from tests.support.fake_stages import (
+    DECODER,
+    DENOISER,
+    FakeDecoder,
+    FakeDenoiser,
+    checkpoint,
+    encoded_film,
+    encoded_image,
+    rest,
+    step,
+    whole_file,
+)
+from tests.support.films import film_file, moving_square
 
 
 def picture() -> bytes:
@@ -114,6 +134,34 @@ async def test_a_lost_latent_is_made_again_and_the_steps_go_on_from_the_checkpoi
     assert len(decoder.encodes) == 2
     assert denoiser.requests[-1].resume_from.step == 3
     assert receipt.steps_recomputed == 0
+
+
+async def test_a_film_is_encoded_once_and_both_results_begin_with_it(deploy: Deploy) -> None:
+    async def note(request: EncodeFilmRequest) -> EncodeFilmResponse:
+        encodes.append(request)
+        if len(encodes) == 1:
+            raise StageDrainingError("stopping", stage="decoder")
+        return await encoded_film(request)
+
+    encodes: list[EncodeFilmRequest] = []
+    description = DenoiserDescription(
+        default_latent_frames=1, max_latent_volume=10_000, inputs=[work.MEDIA_ROLE_VIDEO], default_fps=16
+    )
+    description.MergeFrom(DENOISER)
+    denoiser, decoder = FakeDenoiser(rest, description), FakeDecoder(encode_film=note)
+    decoder.description = DecoderDescription(frames_per_latent=4)
+    decoder.description.MergeFrom(DECODER)
+    film = work.MediaInput(role=work.MEDIA_ROLE_VIDEO, data=film_file(moving_square(6, (64, 64))))
+    deployment = await deploy([denoiser], [decoder, decoder])
+    events = await deployment.events(GenerateRequest(prompt="a cat", inputs=[film], strength=0.5, seeds=[1, 2]))
+    _, encode = encodes
+    assert (encode.film, encode.width, encode.height, encode.num_frames) == (film.data, 64, 64, 5)
+    for request in denoiser.requests:
+        assert (request.initial_latents.inline, request.strength) == (b"film", 0.5)
+        assert list(request.latent_shape) == [4, 2, 8, 8]
+    for receipt in receipts_of(events):
+        assert [timing.stage for timing in receipt.timings][:3] == ["decoder", "decoder", "encoder"]
+        assert receipt.timings[1].compute_seconds == 2.5
 
 
 async def test_input_pictures_are_bounded_in_all(deploy: Deploy) -> None:

@@ -16,9 +16,10 @@ from gateway.validation import check_generate
 from safelight.errors import InvalidRequestError, UnsupportedError
 from safelight.v1 import work_pb2 as work
 from safelight.v1.generation_service_pb2 import GenerateRequest
-from safelight.v1.model_pb2 import ModelDescription
+from safelight.v1.model_pb2 import DenoiserDescription, ModelDescription
 from services.common.uploaded_films import MAX_FILM_BYTES
 from tests.gateway.test_validation import MODEL as PLAIN
+from tests.support.films import film_file, moving_square
 
 MODEL = ModelDescription()
 MODEL.CopyFrom(PLAIN)
@@ -31,6 +32,27 @@ LED.denoiser.inputs.append(work.MEDIA_ROLE_IMAGE)
 LED.denoiser.min_keyframes, LED.denoiser.max_keyframes = 2, 3
 LED.denoiser.conditioning.extend(["prompt_embeds", IMAGE_EMBEDS])
 LED.encoder.inputs.append(work.MEDIA_ROLE_IMAGE)
+
+FILMS = ModelDescription()
+FILMS.CopyFrom(PLAIN)
+FILMS.denoiser.MergeFrom(
+    DenoiserDescription(
+        inputs=[work.MEDIA_ROLE_VIDEO],
+        latent_multiple=2,
+        default_latent_frames=3,
+        max_latent_volume=8 * 8 * 5,
+        default_fps=16,
+    )
+)
+FILMS.decoder.frames_per_latent = 4
+
+
+def film(frames: int, size: tuple[int, int] = (64, 64), fps: int = 24) -> work.MediaInput:
+    return work.MediaInput(role=work.MEDIA_ROLE_VIDEO, data=film_file(moving_square(frames, size), fps=fps))
+
+
+def film_plan(*inputs: work.MediaInput, **fields: Any) -> GenerationPlan:
+    return plan_of(FILMS, inputs=inputs, **fields)
 
 
 def png(width: int, height: int, mode: str = "L") -> bytes:
@@ -217,3 +239,51 @@ def test_keyframes_are_kept_in_their_order_and_have_no_strength() -> None:
 def test_every_keyframe_is_opened_before_any_stage_is_called() -> None:
     with pytest.raises(InvalidRequestError, match=r"inputs\[1\].data: \(MEDIA_ROLE_IMAGE\) a picture file must be"):
         plan_of(LED, inputs=[PHOTO, image(b"no picture")])
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        (film(9), {}, (64, 64, 9, 24.0)),
+        (film(12), {}, (64, 64, 9, 24.0)),
+        (film(12), {"num_frames": 5, "fps": 8}, (64, 64, 5, 8.0)),
+        (film(5, (100, 75), 30), {}, (96, 80, 5, 30.0)),
+        (film(5, (50, 100)), {"width": 64}, (64, 128, 5, 24.0)),
+        (film(1, (64, 64), 240), {}, (64, 64, 1, 120.0)),
+    ],
+)
+def test_the_film_says_what_the_request_does_not(
+    given: work.MediaInput, asked: dict[str, int], expected: tuple[int, int, int, float]
+) -> None:
+    parameters = film_plan(given, **asked).images[0]
+    assert (parameters.width, parameters.height, parameters.num_frames, parameters.fps) == expected
+    assert parameters.strength == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "sentence"),
+    [
+        (film(8), {"num_frames": 9}, "num_frames: is 9 and the film has 8: ask for 5, or give a longer film"),
+        (film(30), {}, "num_frames: the film has 30, and one of 64x64 may have 17: give num_frames"),
+        (film(30), {"num_frames": 21, "width": 64, "height": 64}, "num_frames: is 21; a film of this size may have 17"),
+        (film(17, (128, 96)), {"num_frames": 17}, "num_frames: is 17; a film of this size may have 1:"),
+        (film(1, (32, 32)), {}, "width: the input has 32x32 pixels, which makes 32x32; give a width and a height"),
+        (work.MediaInput(role=work.MEDIA_ROLE_VIDEO), {}, r"inputs\[0\].data: \(MEDIA_ROLE_VIDEO\) must be an MP4"),
+        (PHOTO, {}, r"inputs\[0\].role: is MEDIA_ROLE_IMAGE; model 'sd15' takes MEDIA_ROLE_VIDEO"),
+    ],
+)
+def test_what_no_film_can_be_made_of_is_refused(given: work.MediaInput, asked: dict[str, int], sentence: str) -> None:
+    with pytest.raises(InvalidRequestError, match=sentence):
+        film_plan(given, **asked)
+
+
+def test_a_film_beyond_the_limit_is_refused_unopened() -> None:
+    request = GenerateRequest(inputs=[work.MediaInput(role=work.MEDIA_ROLE_VIDEO, data=b"x" * 11)])
+    with pytest.raises(InvalidRequestError, match=r"inputs\[0\].data: has 11 bytes, not up to 10: make it smaller"):
+        with_measures_of_inputs(request, FILMS, 10)
+
+
+def test_the_work_of_encoding_a_film_is_its_plane_for_each_latent_frame() -> None:
+    encode = request_work(film_plan(film(9)), 20).encode_image
+    assert encode is not None
+    assert (encode.latent_shape, encode.passes) == ((8, 8), 3)

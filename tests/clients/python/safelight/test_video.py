@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +32,13 @@ def test_a_film_comes_back_within_the_codecs_loss(name: str, tmp_path: Path) -> 
     errors = [np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) for a, b in zip(read, film(), strict=True)]
     assert 10 * np.log10(255**2 / np.mean(errors)) > 28
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_turned_film_is_read_upright(tmp_path: Path) -> None:
+    save_video(film(), tmp_path / "film.mp4")
+    turn = ["-display_rotation", "90", "-i", str(tmp_path / "film.mp4"), "-c", "copy", str(tmp_path / "turned.mp4")]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *turn], check=True)
+    assert load_video(tmp_path / "turned.mp4")[0].size == SIZE[::-1]
 
 
 def test_diffsynth_engines_place_has_the_same_functions() -> None:
