@@ -33,6 +33,7 @@ from safelight.v1.generation_service_pb2 import (
     GenerateResult,
     ImageReceipt,
 )
+from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.work_pb2 import WorkContext
 from services.common.exchange import TensorReader, TensorStore
 from services.common.metrics import Metrics
@@ -81,10 +82,7 @@ class Generation:
         request_id.set(request.context.request_id)
         model = self.stages.find(request.model)
         check_generate(request, model)
-        if request.inputs:
-            limit = self.settings.max_film_bytes
-            request = await asyncio.to_thread(with_measures_of_inputs, request, model, limit)
-        asked = make_plan(request, model)
+        asked = await asyncio.to_thread(self._plan, request, model) if request.inputs else make_plan(request, model)
         seconds = _remaining_seconds(asked.context, remaining_seconds)
         with self.adapters.used(model.name, request.adapters), self.admission.admit(asked, seconds) as admitted:
             calls = StageCalls(self.stages, self.settings, _set_deadline(asked.context, seconds), admitted.given)
@@ -93,6 +91,10 @@ class Generation:
         result = GenerateResult(images=receipts)
         result.completed_at.GetCurrentTime()
         emit(GenerateResponse(result=result))
+
+    def _plan(self, request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
+        """The plan of a request with inputs, which are measured and digested."""
+        return make_plan(with_measures_of_inputs(request, model, self.settings.max_film_bytes), model)
 
     async def _follow_plan(
         self, request: GenerateRequest, plan: GenerationPlan, calls: StageCalls, emit: Emit

@@ -37,6 +37,7 @@ from safelight.v1.work_pb2 import WorkContext
 from services.common.metrics import Metrics
 
 MAX_KEY_BYTES = 256
+_LARGE_BYTES = 1024 * 1024
 Work = Callable[[GenerateRequest, float | None, Emit], Coroutine[Any, Any, None]]
 _PASSING = (
     DeadlineExceededError,
@@ -80,9 +81,10 @@ class Requests:
             SafelightError: of the kinds that GenerationService.Generate documents.
         """
         _check(request)
-        run, after = self._find(request), request.after_sequence
+        asked = await _digest(request)
+        run, after = self._find(request, asked), request.after_sequence
         if run is None:
-            run, after = self._start(request, remaining_seconds), 0
+            run, after = self._start(request, asked, remaining_seconds), 0
         run.calls += 1
         if not run.journal.ended:
             run.stop_timer()  # somebody came back
@@ -116,24 +118,24 @@ class Requests:
         for run in list(self._finished):
             self._forget(run)
 
-    def _find(self, request: GenerateRequest) -> Run | None:
+    def _find(self, request: GenerateRequest, asked: bytes) -> Run | None:
         """The request that this one repeats."""
         context = request.context
         if not context.idempotency_key:
             return None
         run = self._by_key.get((context.tenant, context.idempotency_key))
-        if run is not None and run.digest != digest(request):
+        if run is not None and run.digest != asked:
             raise InvalidRequestError.of(
                 "context.idempotency_key", "belongs to another request; give every new request a key of its own"
             )
         return run
 
-    def _start(self, request: GenerateRequest, remaining_seconds: float | None) -> Run:
+    def _start(self, request: GenerateRequest, asked: bytes, remaining_seconds: float | None) -> Run:
         own = GenerateRequest()
         own.CopyFrom(request)
         own.context.request_id = request.context.request_id or uuid.uuid4().hex
         keyed = bool(own.context.idempotency_key)
-        run = Run(own.context, digest(request) if keyed else b"", Journal(keyed, self._resized))
+        run = Run(own.context, asked, Journal(keyed, self._resized))
         self._running.add(run)
         if keyed:
             self._by_key[run.key] = run
@@ -205,6 +207,13 @@ class Requests:
     def _resized(self, change: int) -> None:
         self._journal_bytes += change
         self.metrics.journal_bytes.inc(change)
+
+
+async def _digest(request: GenerateRequest) -> bytes:
+    """The request's digest, which only one with a key needs; the event loop goes on while that of a film is made."""
+    if not request.context.idempotency_key:
+        return b""
+    return digest(request) if request.ByteSize() < _LARGE_BYTES else await asyncio.to_thread(digest, request)
 
 
 def _check(request: GenerateRequest) -> None:

@@ -120,7 +120,8 @@ async def test_latents_equal_diffusers(folder: Path, manifest: str) -> None:
 
 async def latents_of(cluster: Cluster, **options: Any) -> Tensor:
     film = await generate(cluster, strength=0.5, steps=2, format="latents", **options)
-    return safetensors.torch.load(film.data)["latents"]
+    latents: Tensor = safetensors.torch.load(film.data)["latents"]
+    return latents
 
 
 async def test_frames_and_their_files_make_the_same_latents(manifest: str, tmp_path: Path) -> None:
