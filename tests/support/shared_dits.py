@@ -123,16 +123,16 @@ def compute(mesh: ParallelMesh, case: Case) -> Outcome:
     return Outcome(velocity, account.resident_bytes, account.peak_bytes, _block_bytes(placed.network), matched)
 
 
-def compute_all(mesh: ParallelMesh, cases: Sequence[Case]) -> list[Outcome]:
+def compute_all(mesh: ParallelMesh, cases: Mapping[str, Case]) -> dict[str, Outcome]:
     """Every case, one after the other."""
-    return [compute(mesh, case) for case in cases]
+    return {name: compute(mesh, case) for name, case in cases.items()}
 
 
 def compute_all_by(
-    mesh: ParallelMesh, degrees: Sequence[ParallelDegrees], cases: Sequence[Case]
-) -> list[list[Outcome]]:
-    """Every case by each of the ways in which the group may be ordered."""
-    return [compute_all(mesh_of(each, CPU), cases) for each in degrees]
+    mesh: ParallelMesh, work: Sequence[tuple[ParallelDegrees, Mapping[str, Case]]]
+) -> list[dict[str, Outcome]]:
+    """Cases by each of several ways in which the group may be ordered."""
+    return [compute_all(mesh_of(degrees, CPU), cases) for degrees, cases in work]
 
 
 def _block_bytes(dit: Any) -> tuple[int, ...]:
