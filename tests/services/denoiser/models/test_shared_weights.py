@@ -100,11 +100,16 @@ def _decomposed(shape: tuple[int, ...], seed: int) -> dict[str, Tensor]:
     return _lora(shape, seed) | {"dora_scale": random_tensor(shape[0], 1, seed=seed + 2).abs() + 1}
 
 
+def _with_biases(shape: tuple[int, ...], seed: int) -> dict[str, Tensor]:
+    return _lora(shape, seed) | {"diff_b": random_tensor(shape[0], seed=seed + 2)}
+
+
 LORA_KINDS: dict[str, Callable[[tuple[int, ...], int], dict[str, Tensor]]] = {
     "lora": _lora,
     "loha": _low_rank_of_two,
     "lokr": _kronecker,
     "dora": _decomposed,
+    "biases": _with_biases,
 }
 
 
