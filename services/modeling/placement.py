@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -17,6 +17,7 @@ from services.modeling.components import resolve_dtype
 from services.modeling.float8 import store_as_float8
 from services.modeling.layers import pack_weights
 from services.modeling.parallel.fsdp import gathered_weights
+from services.modeling.parallel.mesh import Axis
 from services.modeling.parallel.shards import WHOLE, Shares
 from services.modeling.residency import RESIDENT, Residency
 from services.modeling.weight_streaming import OffloadedWeights, WeightAccount, WeightBlock
@@ -130,8 +131,8 @@ def place(
     if placement.float8:
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
-    if shares.gathered.size > 1:
-        return Placed(network, placement, _gathered(network, placement, blocks, shares), shares)
+    if shares.gathered:
+        return Placed(network, placement, _gathered(network, placement, blocks, shares.shards, shares.gathered), shares)
     if placement.offloads:
         streamed = OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
         return Placed(network, placement, streamed, shares)
@@ -154,7 +155,7 @@ def _check_complete(network: nn.Module, blocks: Sequence[WeightBlock]) -> None:
 
 
 def _gathered(
-    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], shares: Shares
+    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], names: Collection[str], axis: Axis
 ) -> OffloadedWeights:
     if placement.offloads and not placement.residency.leaves_when_idle:
         raise CheckpointError(
@@ -162,7 +163,7 @@ def _gathered(
             "'memory_budget': leave it out, or offload the parts too ('offload: cpu_offload')"
         )
     transfer = transfer_to(placement.device)
-    return gathered_weights(network, shares, blocks, transfer, offloads=placement.offloads)
+    return gathered_weights(network, names, axis, blocks, transfer, offloads=placement.offloads)
 
 
 def _move_buffers(network: nn.Module, device: torch.device) -> None:

@@ -49,7 +49,7 @@ class AdaptableNetwork:
         }
         self.device, self.dtype = placed.placement.device, placed.placement.dtype
         self._weights, self._shares, self._whole = placed.weights, placed.shares, whole
-        streams = placed.placement.offloads or placed.shares.gathered.size > 1
+        streams = placed.placement.offloads or placed.shares.gathered is not None
         self._can_fuse = not (streams or placed.placement.float8)
         self._policy = FusionPolicy()
         self._fused: FusedSet | None = None
@@ -71,7 +71,7 @@ class AdaptableNetwork:
     def changes(self, target: Target, delta: Delta) -> list[Change]:
         """A change of rows of a whole layer as changes of what this rank computes with."""
         change = Change(target, delta)
-        shard = self._shares.shards.get(f"{target.layer}.weight") if self._shares.computes_with_shards else None
+        shard = None if self._shares.gathered else self._shares.shards.get(f"{target.layer}.weight")
         return [change] if shard is None else change.within(shard)
 
     def with_branches(self, rows: RowAdapters) -> AbstractContextManager[None]:

@@ -17,12 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from services.modeling.block_weights import FlatLayout
 from services.modeling.float8 import stored_parameters
 from services.modeling.parallel.gathering import all_gather
 from services.modeling.parallel.mesh import Axis
-from services.modeling.parallel.shards import Shard, Shares, even_shard, leave_shard
+from services.modeling.parallel.shards import Shard, even_shard, leave_shard
 from services.modeling.residency import Residency
-from services.modeling.weight_streaming import FlatLayout, OffloadedWeights, WeightBlock
+from services.modeling.weight_streaming import OffloadedWeights, WeightBlock
 from services.modeling.weight_transfer import Transfer
 
 
@@ -37,7 +38,13 @@ def share_rows(network: nn.Module, axis: Axis) -> dict[str, Shard]:
 
 
 def gathered_weights(
-    network: nn.Module, shares: Shares, blocks: Sequence[WeightBlock], transfer: Transfer, *, offloads: bool
+    network: nn.Module,
+    by_rows: Collection[str],
+    axis: Axis,
+    blocks: Sequence[WeightBlock],
+    transfer: Transfer,
+    *,
+    offloads: bool,
 ) -> OffloadedWeights:
     """The weights of a network that was loaded by rows, gathered from here on for each block's turn.
 
@@ -45,17 +52,18 @@ def gathered_weights(
 
     Args:
         network: loaded.
-        shares: what this rank has of it.
+        by_rows: names of the parameters of which each rank has rows.
+        axis: of the ranks.
         blocks: see `OffloadedWeights`.
         transfer: see `OffloadedWeights`.
         offloads: what a rank has lies in host memory, and nothing is on the device while the network has no work.
     """
-    by_rows = {
+    stored = {
         parameter
-        for path, _, kind in (name.rpartition(".") for name in shares.shards)
+        for path, _, kind in (name.rpartition(".") for name in by_rows)
         for parameter in stored_parameters(network.get_submodule(path), kind)
     }
-    flatten = partial(RowsOfWeights, shares.gathered, by_rows, home_on_device=not offloads)
+    flatten = partial(RowsOfWeights, axis, stored, home_on_device=not offloads)
     return OffloadedWeights(blocks, Residency(budget_bytes=0, leaves_when_idle=offloads), transfer, flatten)
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from services.modeling.parallel.mesh import ONE_RANK_MESH, Axis
+from services.modeling.parallel.mesh import Axis
 
 Shape = tuple[int, ...]
 Span = tuple[int, int]
@@ -95,16 +95,11 @@ class Shares:
 
     Args:
         shards: of the parameters that it has a shard of, by name; it has the others whole.
-        gathered: the ranks that bring a block's shards together for its turn (FSDP); of one: it computes with its own.
+        gathered: the ranks that bring a block's shards together for its turn (FSDP); None: it computes with its own.
     """
 
     shards: Mapping[str, Shard] = field(default_factory=dict)
-    gathered: Axis = ONE_RANK_MESH.all_ranks
-
-    @property
-    def computes_with_shards(self) -> bool:
-        """Whether the layers themselves are smaller, as in tensor parallelism."""
-        return bool(self.shards) and self.gathered.size == 1
+    gathered: Axis | None = None
 
 
 WHOLE = Shares()

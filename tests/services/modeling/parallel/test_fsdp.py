@@ -82,7 +82,9 @@ def _placed(mesh: ParallelMesh, file: Path, *, float8: bool = False) -> Outcome:
 def _offloaded(mesh: ParallelMesh, file: Path) -> Outcome:
     network, shares = _load(mesh, file)
     transfer = SynchronousTransfer(CPU)
-    return _computed(network, gathered_weights(network, shares, network.blocks(), transfer, offloads=True))
+    return _computed(
+        network, gathered_weights(network, shares.shards, mesh.all_ranks, network.blocks(), transfer, offloads=True)
+    )
 
 
 def _computed(network: Network, weights: PlacedWeights) -> Outcome:
