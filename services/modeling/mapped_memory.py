@@ -15,6 +15,7 @@ from torch import Tensor
 
 _MAPS = Path("/proc/self/maps")  # Linux; elsewhere nothing is given back
 _MADV_DONTNEED = 4
+_MIN_BYTES = 2**19  # the kernel's list of mappings takes a millisecond or two to read, longer than so little to copy
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -26,9 +27,9 @@ def is_mapped(tensor: Tensor) -> bool:
 def release_mapped(tensor: Tensor) -> None:
     """Gives back the pages under a tensor's bytes, if they are a mapping of a file, to which nothing was written.
 
-    The tensor may be used on: its bytes are read again from the file then.
+    The tensor may be used on: its bytes are read again from the file then. Less than half a MiB is left alone.
     """
-    if is_mapped(tensor):
+    if tensor.nbytes >= _MIN_BYTES and is_mapped(tensor):
         start, stop = _pages(tensor)
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,28 @@ class Family:
 
     load: Callable[..., Any]
     adaptable: Callable[[Placed[Any], Checkpoint], AdaptableNetwork]
-    predict: Callable[[Any], Tensor]
+    predict: Callable[[Any, torch.dtype], Tensor]
 
 
-def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(seed))
+def _random(dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _predict_flux(dit: flux_dit.FluxDiT) -> Tensor:
-    params, size = dit.params, (8, 6)
-    embeds, pooled = _random(TEXT_TOKENS, params.context_width, seed=2), _random(params.pooled_width, seed=3)
+def _predict_flux(dit: flux_dit.FluxDiT, dtype: torch.dtype) -> Tensor:
+    params, size, random = dit.params, (8, 6), partial(_random, dtype)
+    embeds, pooled = random(TEXT_TOKENS, params.context_width, seed=2), random(params.pooled_width, seed=3)
     context = dit.prepare(embeds, pooled, SCALES, size)
-    return dit(_random(params.in_channels // flux_dit.PATCH**2, *size, seed=1), TIMESTEPS, context)
+    return dit(random(params.in_channels // flux_dit.PATCH**2, *size, seed=1), TIMESTEPS, context)
 
 
-def _predict_wan(dit: wan_dit.WanDiT) -> Tensor:
-    params, size = dit.params, (2, 6, 4)
-    image = None if params.image_width is None else _random(IMAGE_TOKENS, params.image_width, seed=3)
+def _predict_wan(dit: wan_dit.WanDiT, dtype: torch.dtype) -> Tensor:
+    params, size, random = dit.params, (2, 6, 4), partial(_random, dtype)
+    image = None if params.image_width is None else random(IMAGE_TOKENS, params.image_width, seed=3)
     given = params.in_channels - params.out_channels
     context = dit.prepare(
-        _random(TEXT_TOKENS, params.text_width, seed=2), image, _random(given, *size, seed=4) if given else None, size
+        random(TEXT_TOKENS, params.text_width, seed=2), image, random(given, *size, seed=4) if given else None, size
     )
-    return dit(_random(params.out_channels, *size, seed=1), TIMESTEPS, context)
+    return dit(random(params.out_channels, *size, seed=1), TIMESTEPS, context)
 
 
 FAMILIES = {
@@ -118,7 +119,7 @@ def compute(mesh: ParallelMesh, case: Case) -> Outcome:
     for _ in range(case.fused * WORTHWHILE_PASSES):
         network.with_adapters(rows, 2**30)
     with network.with_adapters(rows, 2**30):
-        velocity = FAMILIES[case.family].predict(placed.network)
+        velocity = FAMILIES[case.family].predict(placed.network, case.dtype)
     account = placed.weights.account
     return Outcome(velocity, account.resident_bytes, account.peak_bytes, _block_bytes(placed.network), matched)
 
