@@ -16,7 +16,7 @@ from tests.support.cluster import run_cluster
 from tests.support.rank_processes import rank_processes, until_gone
 from tests.support.tiny_flux import save_tiny_flux
 
-STEPS = 150
+STEPS = 100
 OPTIONS = GenerationOptions(
     prompt="a cat", negative_prompt="a dog", steps=STEPS, guidance_scale=3.0, seed=1, width=64, height=64
 )

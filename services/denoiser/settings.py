@@ -30,12 +30,22 @@ class DenoiserSettings(AdapterSettings):
     rank_answer_seconds: float = setting(
         300.0, "Longest time of a step on several devices; then their processes are started again."
     )
+    nodes: int = setting(
+        1, "Machines that share its model on several devices; the others run services.denoiser.ranks (docs/models.md)."
+    )
+    master_address: str = setting("", "Address of this machine that the ranks of the others reach.")
+    master_port: int = setting(29500, "Port there.")
+    rank_secret: str = setting("", "What the ranks of other machines must know; by environment or file, not as a flag.")
     warm_up_steps: int = setting(3, "Steps measured at start-up for each batch size, for the cost curve; 0: none.")
     warm_up_seconds: float = setting(1.0, "Longest time for that, of all models.")
 
     def __post_init__(self) -> None:
         if self.heartbeat_seconds <= 0:
             raise SettingsError(f"heartbeat_seconds: is {self.heartbeat_seconds:g}; must be above 0")
+        if self.nodes < 1:
+            raise SettingsError(f"nodes: is {self.nodes}; must be 1 or more")
+        if self.nodes > 1 and not (self.master_address and self.rank_secret):
+            raise SettingsError(f"nodes: {self.nodes} machines need a master_address and a rank_secret; give both")
 
 
 def parse_tenant_weights(entries: Iterable[str]) -> dict[str, float]:

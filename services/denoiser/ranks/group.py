@@ -17,8 +17,10 @@ from services.common.metrics import Metrics
 from services.common.parallel_degrees import ParallelDegrees
 from services.denoiser.ranks.alive import Alive
 from services.denoiser.ranks.commands import Command, Load, Loaded
-from services.denoiser.ranks.meeting import open_store
-from services.denoiser.ranks.ranks import Ranks, RanksLostError
+from services.denoiser.ranks.entrance import Entrance
+from services.denoiser.ranks.meeting import LOOPBACK, open_store
+from services.denoiser.ranks.messages import Channel
+from services.denoiser.ranks.ranks import Member, Ranks, RanksLostError
 from services.modeling.lora.adapter import Adapter
 
 _log = logging.getLogger("safelight.ranks")
@@ -34,7 +36,9 @@ class GroupPlan:
     Args:
         entry: the model, with paths on this machine.
         degrees: in which ways they share it.
-        devices: of each.
+        devices: of each rank, those of this machine first.
+        here: ranks of this machine.
+        entrance: where the others come in; None: there are none.
         threads: of each one's CPU computation.
         log_level: as in the settings.
         answer_seconds: longest time for a command.
@@ -43,6 +47,8 @@ class GroupPlan:
     entry: ModelEntry
     degrees: ParallelDegrees
     devices: Sequence[str]
+    here: int
+    entrance: Entrance | None
     threads: int
     log_level: str
     answer_seconds: float
@@ -100,6 +106,8 @@ class RankGroup:
     def close(self) -> None:
         """End all ranks."""
         self._closing.set()
+        if self._plan.entrance is not None:
+            self._plan.entrance.close()
         self.ranks.kill()
         self._starting.kill()
         self._keeper.join()
@@ -138,8 +146,12 @@ class RankGroup:
 
     def _start(self) -> tuple[Ranks, Loaded]:
         """New ranks, when they have loaded."""
-        self._store, address = open_store()
-        self._starting = ranks = Ranks(len(self._plan.devices), self.adapters)
+        plan = self._plan
+        elsewhere = plan.entrance.admit(range(plan.here, plan.degrees.ranks)) if plan.entrance else {}
+        members = [Member.started() for _ in range(plan.here)]
+        members += [Member(Channel(connection)) for _, connection in sorted(elsewhere.items())]
+        self._store, address = open_store(plan.entrance.host if plan.entrance else LOOPBACK)
+        self._starting = ranks = Ranks(members, self.adapters)
         if self._closing.is_set():
             ranks.kill()
         try:

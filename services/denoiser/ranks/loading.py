@@ -14,6 +14,7 @@ from services.common.manifest import ModelEntry
 from services.common.metrics import Metrics
 from services.common.parallel_degrees import ParallelDegrees
 from services.denoiser.ranks.denoiser import RankedDenoiser
+from services.denoiser.ranks.entrance import Entrance
 from services.denoiser.ranks.group import GroupPlan, RankGroup
 from services.denoiser.registry import LOADERS, USUAL_DEGREES, Denoiser
 from services.denoiser.settings import DenoiserSettings
@@ -62,15 +63,45 @@ class RankLoading:
         return ranked
 
     def _plan(self, entry: ModelEntry, degrees: ParallelDegrees, device: torch.device) -> GroupPlan:
-        threads = self.settings.threads or torch.get_num_threads()
+        settings = self.settings
+        here = _ranks_here(entry, degrees.ranks, settings.nodes)
+        threads = settings.threads or torch.get_num_threads()
         return GroupPlan(
             entry=entry,
             degrees=degrees,
-            devices=_devices(entry, degrees.ranks, device),
-            threads=max(threads // degrees.ranks, 1),
-            log_level=self.settings.log_level,
-            answer_seconds=self.settings.rank_answer_seconds,
+            devices=_devices(entry, here, device) + _usual_devices(here, device.type) * (settings.nodes - 1),
+            here=here,
+            entrance=self._entrance(entry),
+            threads=max(threads // here, 1),
+            log_level=settings.log_level,
+            answer_seconds=settings.rank_answer_seconds,
         )
+
+    def _entrance(self, entry: ModelEntry) -> Entrance | None:
+        settings = self.settings
+        if settings.nodes == 1:
+            return None
+        if self._groups:
+            raise CheckpointError(
+                f"model {entry.name!r}: of the models of a denoiser with nodes={settings.nodes}, only one can be on "
+                "several devices: serve the others by another denoiser"
+            )
+        return Entrance((settings.master_address, settings.master_port), settings.rank_secret)
+
+
+def _ranks_here(entry: ModelEntry, ranks: int, nodes: int) -> int:
+    """Of this machine, and of each of the others."""
+    if ranks % nodes:
+        raise CheckpointError(
+            f"model {entry.name!r}: its {ranks} ranks can't be dealt evenly to {nodes} machines: change nodes, or "
+            "denoiser.parallel in the manifest"
+        )
+    return ranks // nodes
+
+
+def _usual_devices(ranks: int, kind: str) -> list[str]:
+    """Of a machine beside this one: all its GPUs from the first."""
+    return [kind if kind == "cpu" else f"{kind}:{rank}" for rank in range(ranks)]
 
 
 def _devices(entry: ModelEntry, ranks: int, device: torch.device) -> list[str]:

@@ -6,12 +6,12 @@ import socket
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented there
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
-def open_store() -> tuple[TCPStore, tuple[str, int]]:
-    """A store on a free port of the loopback, and its address; it closes when nobody holds it."""
-    listener = socket.create_server((_LOOPBACK, 0))
+def open_store(host: str) -> tuple[TCPStore, tuple[str, int]]:
+    """A store on a free port of one of this machine's addresses, and where it is; it closes when nobody holds it."""
+    listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    return store, (_LOOPBACK, port)
+    store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return store, (host, port)

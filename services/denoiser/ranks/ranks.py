@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import socket
-import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from queue import Empty, SimpleQueue
 from subprocess import Popen
@@ -16,6 +16,7 @@ from typing import Any
 
 from services.denoiser.ranks.alive import Alive
 from services.denoiser.ranks.commands import Command, Failed, Order
+from services.denoiser.ranks.entrance import connection_over, hang_up
 from services.denoiser.ranks.messages import Channel, pack
 from services.denoiser.ranks.prepared import PreparedOnRanks
 from services.denoiser.ranks.process import start_process
@@ -25,7 +26,6 @@ _log = logging.getLogger("safelight.ranks")
 
 # When a rank has failed, the others either fail too, at about the same time, or wait for it forever.
 _AGREEMENT_SECONDS = 2.0
-_SEND_SECONDS = 10  # a rank always reads: one that doesn't is frozen
 _EXIT_SECONDS = 10.0
 
 
@@ -41,25 +41,57 @@ class RanksLostError(Exception):
         self.error = error
 
 
+@dataclass(frozen=True)
+class Member:
+    """One rank, as the service reaches it.
+
+    Args:
+        channel: to it.
+        process: of this machine; None: it is on another one.
+    """
+
+    channel: Channel
+    process: Popen[bytes] | None = None
+
+    @classmethod
+    def started(cls) -> Member:
+        """A new process of this machine."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = start_process(theirs.fileno())
+        return cls(Channel(connection_over(ours)), process)
+
+    def end(self) -> None:
+        """Kill the process; elsewhere it ends itself when it is hung up on."""
+        if self.process is not None:
+            self.process.kill()
+        hang_up(self.channel.connection)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is up, as far as is known."""
+        return self.process is None or self.process.poll() is None
+
+
 class Ranks:
     """Processes that compute together; once one is lost, they are of no use.
 
     Their death is seen at their sockets, at once, whatever the others wait for.
 
     Args:
-        count: of ranks.
+        members: the ranks, in order.
         adapters: those that the ranks are to keep.
     """
 
-    def __init__(self, count: int, adapters: Alive[Adapter]) -> None:
+    def __init__(self, members: Sequence[Member], adapters: Alive[Adapter]) -> None:
         self.lost = Event()
         self.prepared: Alive[PreparedOnRanks] = Alive()
         self._adapters = adapters
         self._answers: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
-        self._calls = Lock()
-        started = [_start() for _ in range(count)]
-        self._channels = [channel for channel, _ in started]
-        self._processes = [process for _, process in started]
+        self._calls, self._ending = Lock(), Lock()
+        self._ended = False
+        self._members = members
+        self._channels = [member.channel for member in members]
         self._relaying = Thread(target=self._relay, name="ranks", daemon=True)
         self._relaying.start()
 
@@ -90,20 +122,23 @@ class Ranks:
     @property
     def running(self) -> int:
         """Processes that are up."""
-        return sum(process.poll() is None for process in self._processes)
+        return 0 if self.lost.is_set() else sum(member.is_running for member in self._members)
 
     def kill(self) -> None:
         """End all processes, whatever they do; `lost` is set soon after."""
-        for process in self._processes:
-            process.kill()
+        with self._ending:
+            for member in () if self._ended else self._members:
+                member.end()
 
     def end(self) -> list[int]:
-        """Kill all processes and give their sockets back; returns their exit codes."""
+        """Kill all processes and give their sockets back; returns the exit codes of this machine's."""
         self.kill()
-        codes = [process.wait(_EXIT_SECONDS) for process in self._processes]
+        codes = [member.process.wait(_EXIT_SECONDS) for member in self._members if member.process is not None]
         self._relaying.join()
-        for channel in self._channels:
-            channel.connection.close()
+        with self._ending:
+            self._ended = True
+            for channel in self._channels:
+                channel.connection.close()
         return codes
 
     def _send(self, commands: Sequence[Command]) -> None:
@@ -153,11 +188,3 @@ class Ranks:
                 except (EOFError, OSError):
                     self.lost.set()
                     self._answers.put(None)
-
-
-def _start() -> tuple[Channel, Popen[bytes]]:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = start_process(theirs.fileno())
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
-    return Channel(Connection(ours.detach())), process

@@ -173,7 +173,7 @@ async def test_after_the_loss_of_a_rank_a_request_goes_on_from_the_state_it_had(
 ) -> None:
     denoiser = await start_shared("wan", {"cfg": 2}, rank_answer_seconds=2.0)
     style = await load_style(denoiser, save(dotted(LAYERS["wan"]), tmp_path / "style.safetensors"))
-    work = exact(with_checkpoints(styled(request("wan", "shared", steps=400), [style]), 300))
+    work = exact(with_checkpoints(styled(request("wan", "shared", steps=120), [style]), 100))
     undisturbed = await denoiser.latents(work)
     struck = rank_processes()
     events, error = await strike(denoiser, work, lambda: os.kill(struck[1], blow))
