@@ -12,15 +12,15 @@ Shapes: B batch, C channels of a latent, h and w its height and width, L tokens 
 picture, N = L + S, W width, H heads, D channels of a head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotations
+from services.denoiser.models.dit_loading import Architecture, DiT
 from services.denoiser.models.flux_dit_keys import DIFFUSERS, ORIGINAL, find_layout, xlabs_sources
 from services.denoiser.models.flux_dit_params import FluxDiTParams, params_from_config, params_from_shapes
 from services.denoiser.models.unet_blocks import time_features
@@ -35,7 +35,7 @@ from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, Gath
 from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, WholeWeights, load_weights
+from services.modeling.weights import Checkpoint, WholeWeights
 
 PATCH = 2  # a token is 2 x 2 latent elements
 MLP_RATIO = 4
@@ -170,7 +170,7 @@ class SingleBlock(TensorModule):
         return torch.addcmul(x, gate, self.to_out(torch.cat([attended, self.mlp_in(normed)], dim=-1)))
 
 
-class FluxDiT(TensorModule):
+class FluxDiT(DiT):
     """Predicts the velocity from a picture to noise, given the time between them and the text."""
 
     def __init__(self, params: FluxDiTParams, mesh: ParallelMesh = ONE_RANK_MESH) -> None:
@@ -290,37 +290,8 @@ def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, *size)
 
 
-def load_flux_dit(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any] | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    float8: bool = False,
-    mesh: ParallelMesh = ONE_RANK_MESH,
-) -> FluxDiT:
-    """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
-
-    `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
-    Raises CheckpointError when the names are of neither layout or don't fit the dimensions, or when the
-    mesh can't share them.
-    """
-    layout = find_layout(checkpoint)
-    params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
-    with torch.device("meta"):
-        dit = FluxDiT(params, mesh)
-    sources = layout.sources(dit.state_dict().keys())
-    load_weights(
-        dit,
-        checkpoint,
-        sources,
-        device=device,
-        dtype=dtype,
-        prefix=layout.prefix,
-        float8=float8,
-        shares=dit.shares,
-    )
-    return dit.eval()
+load_flux_dit = Architecture(find_layout, params_from_shapes, params_from_config, FluxDiT).load
+"""See `Architecture.load`."""
 
 
 def flux_adaptable_network(dit: Placed[FluxDiT], checkpoint: Checkpoint) -> AdaptableNetwork:

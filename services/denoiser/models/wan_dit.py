@@ -7,15 +7,15 @@ Shapes: B batch, C channels of a latent, T, h and w its frames, height and width
 L tokens of the text, P tokens of the picture, W width, H heads, D channels of a head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from services.denoiser.models.dit_blocks import NORM_EPS, Embedder, modulated_norm, rotate, rotations
+from services.denoiser.models.dit_loading import Architecture, DiT
 from services.denoiser.models.unet_blocks import time_features
 from services.denoiser.models.wan_dit_keys import DIFFUSERS, ORIGINAL, find_layout
 from services.denoiser.models.wan_dit_params import PATCH, WanDiTParams, params_from_config, params_from_shapes
@@ -30,7 +30,7 @@ from services.modeling.parallel.tensor_parallel import ByInputs, ByOutputs, Tens
 from services.modeling.parallel.token_split import TokenSplit
 from services.modeling.placement import Placed
 from services.modeling.weight_streaming import WeightBlock
-from services.modeling.weights import Checkpoint, WholeWeights, load_weights
+from services.modeling.weights import Checkpoint, WholeWeights
 
 PICTURE_NORM_EPS = 1e-5
 TIME_FEATURES = 256
@@ -205,7 +205,7 @@ class Head(TensorModule):
         return self.proj_out(modulated_norm(x, shift, scale))
 
 
-class WanDiT(TensorModule):
+class WanDiT(DiT):
     """Predicts the velocity from a film to noise, given the time between them, the text and perhaps a picture."""
 
     def __init__(self, params: WanDiTParams, mesh: ParallelMesh = ONE_RANK_MESH) -> None:
@@ -308,37 +308,8 @@ def to_latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def load_wan_dit(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any] | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    float8: bool = False,
-    mesh: ParallelMesh = ONE_RANK_MESH,
-) -> WanDiT:
-    """Builds the transformer that `checkpoint` holds, in the original layout or in diffusers'; its names tell.
-
-    `config` is diffusers' `transformer/config.json`; without one the dimensions are read from the shapes.
-    Raises CheckpointError when the names are of neither layout or don't fit the dimensions, or when the
-    mesh can't share them.
-    """
-    layout = find_layout(checkpoint)
-    params = params_from_shapes(checkpoint, layout) if config is None else params_from_config(config)
-    with torch.device("meta"):
-        dit = WanDiT(params, mesh)
-    sources = layout.sources(dit.state_dict().keys())
-    load_weights(
-        dit,
-        checkpoint,
-        sources,
-        device=device,
-        dtype=dtype,
-        prefix=layout.prefix,
-        float8=float8,
-        shares=dit.shares,
-    )
-    return dit.eval()
+load_wan_dit = Architecture(find_layout, params_from_shapes, params_from_config, WanDiT).load
+"""See `Architecture.load`."""
 
 
 def _once(cross: CrossAttention) -> list[KeysAndValues]:

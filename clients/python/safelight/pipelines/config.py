@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from safelight.byte_sizes import parse_byte_size
 from safelight.errors import InvalidRequestError, UnsupportedError
@@ -36,6 +36,9 @@ class Network:
     path: WeightsPath | None
     dtype: Any
     part: str = ""
+
+
+SomeConfig = TypeVar("SomeConfig", bound="PipelineConfig")
 
 
 @dataclass
@@ -86,6 +89,29 @@ class PipelineConfig(ABC):
     def denoiser_options(self) -> dict[str, Any]:
         """What else the manifest says of the denoiser."""
         return {}
+
+
+@dataclass
+class StableDiffusionConfig(PipelineConfig):
+    """What SD1.5's and SDXL's configs have in common."""
+
+    @classmethod
+    def basic_config(
+        cls: type[SomeConfig],
+        model_path: WeightsPath,
+        device: str = "auto",
+        offload_mode: str | None = None,
+        offload_to_disk: bool = False,
+        endpoint: str | None = None,
+    ) -> SomeConfig:
+        """A config of what most scripts set."""
+        return cls(
+            model_path,
+            device=device,
+            offload_mode=offload_mode,
+            offload_to_disk=offload_to_disk,
+            endpoint=endpoint,
+        )
 
 
 def check_served(config: PipelineConfig) -> None:

@@ -10,12 +10,12 @@ from PIL import Image
 
 from safelight.model_files import WeightsPath
 from safelight.options import GenerationOptions
-from safelight.pipelines.config import Network, PipelineConfig
+from safelight.pipelines.config import Network, StableDiffusionConfig
 from safelight.pipelines.image_pipeline import ImagePipeline, ProgressCallback, given_strength, refuse_unserved
 
 
 @dataclass
-class SDXLPipelineConfig(PipelineConfig):
+class SDXLPipelineConfig(StableDiffusionConfig):
     """An SDXL model, and how it runs.
 
     Args:
@@ -33,24 +33,6 @@ class SDXLPipelineConfig(PipelineConfig):
     clip_l_dtype: Any = None
     clip_g_dtype: Any = None
     vae_dtype: Any = None
-
-    @classmethod
-    def basic_config(
-        cls,
-        model_path: WeightsPath,
-        device: str = "auto",
-        offload_mode: str | None = None,
-        offload_to_disk: bool = False,
-        endpoint: str | None = None,
-    ) -> SDXLPipelineConfig:
-        """A config of what most scripts set."""
-        return cls(
-            model_path,
-            device=device,
-            offload_mode=offload_mode,
-            offload_to_disk=offload_to_disk,
-            endpoint=endpoint,
-        )
 
     def networks(self) -> Sequence[Network]:
         """CLIP-L, CLIP-G and the VAE."""
