@@ -141,7 +141,7 @@ async def test_a_receipt_names_the_film_and_the_exact_class_makes_its_result_aga
     assert first.data == again.data
     assert first.receipt.strength == 0.8
     assert first.receipt.inputs == {"video": hashlib.sha256(film).hexdigest()}
-    assert [stage.stage for stage in first.stages] == ["decoder", "encoder", "denoiser", "decoder"]
+    assert [stage.stage for stage in first.stages] == ["encoder", "decoder", "denoiser", "decoder"]
 
 
 def at_work(servers: Sequence[Server], gauge: str, **labels: str) -> Server:

@@ -47,7 +47,7 @@ class SharedMemoryServer:
         self._threads = ThreadPoolExecutor(max(1, self._slot_count // _SLOTS_A_TRANSFER), "shared-memory")
         self._slots: SlotPool | None = None
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._waiting: asyncio.TimerHandle | None = None
         self._serving: dict[asyncio.Task[None], socket.socket] = {}
 
     def start(self) -> None:
@@ -64,34 +64,44 @@ class SharedMemoryServer:
             _log.warning("no shared memory: %s", error)
             return
         self._listener = listener
-        self._accepting = asyncio.create_task(self._accept(listener))
+        self._listen(listener)
         self._store.share_within(host_identity())
 
     async def close(self) -> None:
         """End the transfers and let go of the memory."""
-        if self._accepting is None or self._listener is None or self._slots is None:
+        if self._listener is None or self._slots is None:
             return
-        self._accepting.cancel()
+        listener, self._listener = self._listener, None
+        asyncio.get_running_loop().remove_reader(listener)
+        if self._waiting is not None:
+            self._waiting.cancel()
         for connection in self._serving.values():
             with contextlib.suppress(OSError):  # the other side may have ended it
                 connection.shutdown(socket.SHUT_RDWR)
-        await asyncio.gather(self._accepting, *self._serving, return_exceptions=True)
+        await asyncio.gather(*self._serving, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown)
-        self._listener.close()
+        listener.close()
         self._slots.close()
-        self._accepting = None
 
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-            except OSError as error:  # too many open files: consumers wait in line meanwhile
-                _log.warning("no shared-memory transfer could begin: %s", error)
-                await asyncio.sleep(_PAUSE_SECONDS)
-                continue
-            task = asyncio.create_task(self._serve(connection))
-            self._serving[task] = connection
-            task.add_done_callback(self._serving.pop)
+    def _listen(self, listener: socket.socket) -> None:
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Begin one transfer. Nothing is awaited from its coming until `close` knows of it."""
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # too many open files: consumers wait in line meanwhile
+            _log.warning("no shared-memory transfer could begin: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            self._waiting = loop.call_later(_PAUSE_SECONDS, self._listen, listener)
+            return
+        connection.setblocking(False)
+        task = asyncio.create_task(self._serve(connection))
+        self._serving[task] = connection
+        task.add_done_callback(self._serving.pop)
 
     async def _serve(self, connection: socket.socket) -> None:
         """One transfer. Ending the connection early is the whole refusal: the consumer takes the chunk stream."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import socket
 
 import pytest
 
@@ -11,7 +14,7 @@ from safelight.v1.tensor_pb2 import DATA_TYPE_UINT8, TensorHeader, TensorRef
 from services.common.exchange import BytesPayload
 from services.common.exchange import shared_memory_reader as consumer_side
 from services.common.exchange import shared_memory_server as producer_side
-from services.common.exchange.host import host_identity
+from services.common.exchange.host import host_identity, socket_name
 from services.common.exchange.slot_pool import SLOT_BYTES, SlotPool
 from services.common.settings import StageSettings
 from services.common.stage import make_surroundings
@@ -123,3 +126,20 @@ async def test_a_stage_offers_its_memory_unless_that_is_turned_off(shared_memory
     ref = await surroundings.store.put(header, BytesPayload(bytes(MIB)))
     await surroundings.close()
     assert bool(ref.lease.host) is offered
+
+
+@pytest.mark.parametrize("moments", range(6))
+async def test_a_connection_that_comes_while_the_server_closes_is_closed_with_it(moments: int) -> None:
+    surroundings = make_surroundings(StageSettings())
+    surroundings.advertise("127.0.0.1:1")
+    for _ in range(5):
+        await asyncio.sleep(0)  # the server waits for somebody
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as consumer:
+        consumer.connect(socket_name(surroundings.store.exchange_id))
+        consumer.setblocking(False)
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        await surroundings.close()
+        gc.collect()  # an open socket that nobody has any more is a warning, and so an error
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.get_running_loop().sock_recv(consumer, 1) == b""
