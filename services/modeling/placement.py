@@ -131,15 +131,32 @@ def place(
     if placement.float8:
         store_as_float8(network, placement.dtype, full_precision)
     _move_buffers(network, placement.device)
+    return Placed(network, placement, _placed_weights(network, placement, blocks, shares), shares)
+
+
+def _placed_weights(
+    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], shares: Shares
+) -> PlacedWeights:
     if shares.gathered:
-        return Placed(network, placement, _gathered(network, placement, blocks, shares.shards, shares.gathered), shares)
+        return _gathered(network, placement, blocks, shares.shards, shares.gathered)
     if placement.offloads:
-        streamed = OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
-        return Placed(network, placement, streamed, shares)
+        return OffloadedWeights(blocks, placement.residency, transfer_to(placement.device))
     network.to(placement.device)
     weights = ResidentWeights(network)
     pack_weights(network, placement.residency.budget_bytes)
-    return Placed(network, placement, weights, shares)
+    return weights
+
+
+def _gathered(
+    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], names: Collection[str], axis: Axis
+) -> OffloadedWeights:
+    if placement.offloads and placement.residency.budget_bytes:
+        raise CheckpointError(
+            "weights of which each rank keeps a part ('fsdp') take that part and two blocks of memory, and no other "
+            "'memory_budget': leave it out, or offload the parts too ('offload: cpu_offload')"
+        )
+    transfer = transfer_to(placement.device)
+    return gathered_weights(network, names, axis, blocks, transfer, offloads=placement.offloads)
 
 
 def _residency(part: Part) -> Residency:
@@ -152,18 +169,6 @@ def _check_complete(network: nn.Module, blocks: Sequence[WeightBlock]) -> None:
     covered = {parameter for block in blocks for module in block.modules for parameter in module.parameters()}
     if left := [name for name, parameter in network.named_parameters() if parameter not in covered]:
         raise ValueError(f"{type(network).__name__}: {left[0]} and {len(left) - 1} more are in no block")
-
-
-def _gathered(
-    network: nn.Module, placement: Placement, blocks: Sequence[WeightBlock], names: Collection[str], axis: Axis
-) -> OffloadedWeights:
-    if placement.offloads and not placement.residency.leaves_when_idle:
-        raise CheckpointError(
-            "weights of which each rank keeps a part ('fsdp') take that part and two blocks of memory, and no other "
-            "'memory_budget': leave it out, or offload the parts too ('offload: cpu_offload')"
-        )
-    transfer = transfer_to(placement.device)
-    return gathered_weights(network, names, axis, blocks, transfer, offloads=placement.offloads)
 
 
 def _move_buffers(network: nn.Module, device: torch.device) -> None:

@@ -148,8 +148,10 @@ def test_nothing_is_left_on_the_device_of_what_is_offloaded(ranks: list[dict[str
         assert [size > 0 for size in rank["offloaded"].resident_bytes] == [False, True, True, True, False]
 
 
-def test_gathered_weights_have_no_budget(file: Path) -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_gathered_weights_have_no_budget(file: Path, leaves: bool) -> None:
     network, shares = _load(ParallelMesh(all_ranks=Axis(0, 2), fsdp=True), file)
-    placement = Placement(device=torch.device("cuda"), dtype=torch.float32, residency=Residency(budget_bytes=10**9))
+    residency = Residency(budget_bytes=10**9, leaves_when_idle=leaves)
+    placement = Placement(device=torch.device("cuda"), dtype=torch.float32, residency=residency)
     with pytest.raises(CheckpointError, match="no other 'memory_budget'"):
         place(network, placement, network.blocks(), shares=shares)
