@@ -15,7 +15,7 @@ _FULL = (
     ("bench.unet_step", "--dtype", "bfloat16", "--rounds", "5"),
     ("bench.unet_step", "--dtype", "float32", "--rounds", "3"),
     ("bench.unet_step", "--model", "sdxl", "--dtype", "bfloat16", "--rounds", "3"),
-    ("bench.unet_step", "--model", "sdxl-shallow", "--dtype", "float32", "--rounds", "3"),
+    ("bench.unet_step", "--model", "sdxl", "--layers", "2", "--dtype", "float32", "--rounds", "3"),
     ("bench.load_memory",),
     ("bench.offload",),
     ("bench.shared_weights",),

@@ -8,8 +8,8 @@ in float32 when it is asked for bfloat16, as a denoiser does (services/modeling/
     OMP_WAIT_POLICY=PASSIVE python -m bench.unet_step --dtype bfloat16 --rounds 5
     OMP_WAIT_POLICY=PASSIVE python -m bench.unet_step --model sdxl --dtype bfloat16 --rounds 3   # 11 GB of memory
 
-SDXL whole does not fit beside diffusers' in float32 on a small machine. "sdxl-shallow" has all its widths and a third
-of its weights: two transformer layers instead of ten in each block of the coarsest level.
+SDXL whole does not fit beside diffusers' in float32 on a small machine. `--layers 2` leaves two transformer layers of
+ten in each block of the coarsest level: all the widths, and a third of the weights.
 """
 
 import argparse
@@ -63,11 +63,10 @@ _TINY_SDXL = SDXL | {
     "attention_head_dim": (1, 1, 1),
     "cross_attention_dim": 32,
 }
-MODELS = {"sd15": SD15, "sdxl": SDXL, "sdxl-shallow": SDXL | {"transformer_layers_per_block": (1, 2, 2)}}
+MODELS = {"sd15": SD15, "sdxl": SDXL}
 TINY = {
     "sd15": SD15 | {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "cross_attention_dim": 32},
     "sdxl": _TINY_SDXL,
-    "sdxl-shallow": _TINY_SDXL,
 }
 
 
@@ -132,6 +131,7 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="sd15")
+    parser.add_argument("--layers", type=int, help="of SDXL: transformer layers in its coarsest blocks, instead of 10")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, after one that isn't timed")
     parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
@@ -146,6 +146,8 @@ def compare(options: argparse.Namespace) -> Result:
     dtype = getattr(torch, options.dtype)
     ours_dtype = resolve_dtype(options.dtype, torch.device("cpu"))
     config = (TINY if options.tiny else MODELS)[options.model]
+    if options.layers is not None:
+        config = config | {"transformer_layers_per_block": (1, 2, options.layers)}
     theirs, ours, exact, inputs = prepare(config, options.size, dtype, ours_dtype)
     context_timing = Timing()
     context_kv = timed(lambda: ours.project_context(inputs.context.to(ours_dtype)), context_timing)
