@@ -83,8 +83,17 @@ def test_of_several_all_are_loaded_or_none(clean: SDImagePipeline, style: Path, 
 def test_what_a_lora_can_t_be_asked_is_refused(clean: SDImagePipeline, style: Path) -> None:
     with pytest.raises(InvalidRequestError, match="scale: is 'much'"):
         clean.load_lora(style, "much")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="scheduler_config"):
-        clean.load_lora(style, LoraConfig(1.0, {"shift": 3}))
+    with pytest.raises(UnsupportedError, match="scheduler_config: 'beta_start' is not served"):
+        clean.load_lora(style, LoraConfig(1.0, {"beta_start": 0.1}))
+
+
+def test_a_lora_s_schedule_is_asked_for_until_the_lora_is_gone(clean: SDImagePipeline, style: Path) -> None:
+    clean.load_lora(style, LoraConfig(1.0, {"shift": 3}))
+    with pytest.raises(InvalidRequestError, match=r"schedule.*'?flow'?"):
+        draw(clean)  # the model has no flow's
+    clean.load_lora(style, 1.0)
+    draw(clean)
+    clean.unload_loras()
 
 
 def test_a_client_loads_lists_names_and_unloads(endpoint: str, style: Path) -> None:

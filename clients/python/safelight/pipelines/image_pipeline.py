@@ -149,9 +149,15 @@ class ImagePipeline:
             if event.stage in self.statuses and event.step > 0:
                 progress_callback(event.step - 1 + first_step, event.steps, self.statuses[event.stage])
 
-        made = self._connection.generate(
-            replace(options, model=self._model, adapters=dict(self._loras.scales)), report
-        ).images[0]
+        schedule = self._loras.schedule
+        asked = replace(
+            options,
+            model=self._model,
+            adapters=dict(self._loras.scales),
+            schedule=schedule.name,
+            schedule_parameters=schedule.parameters,
+        )
+        made = self._connection.generate(asked, report).images[0]
         if made.truncated_prompt:
             _log.warning("prompt: its end does not fit the model and was left out: %r", made.truncated_prompt)
         return made
