@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
@@ -11,6 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import imageio_ffmpeg
+
+from safelight.ppm import read_ppm
 
 MAX_FILM_BYTES = 64 * 1024**2
 """Largest file, unless a setting says otherwise."""
@@ -23,7 +26,6 @@ FILE_NAME = "film"
 
 _THREADS = "4"
 _MEASURING_SECONDS = 30.0
-_PPM_HEADER_BYTES = 32  # at least
 _WHO_SPEAKS = re.compile(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+")  # before each of ffmpeg's sentences
 _CUT_SHORT = ("File ended prematurely", "partial file")  # ffmpeg says so, and goes on as if nothing were
 _DISCARDED = 0x4  # a packet's flag: decoded for those that follow, and never shown
@@ -89,15 +91,15 @@ def film_facts(data: bytes, max_frame_pixels: int = MAX_FRAME_PIXELS) -> FilmFac
     with tempfile.TemporaryDirectory(prefix="safelight-film-") as name:
         folder = Path(name)
         (folder / FILE_NAME).write_bytes(data)
-        first = ["-frames:v", "1", "-c:v", "ppm", "-f", "image2", "-update", "1", "first.ppm"]
+        picture = ["-frames:v", "1", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
         packets = ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "packets"]
-        words = _run([*reading_command(data, max_frame_pixels), *first, *packets], folder, max_frame_pixels)
-        if any(sign in words for sign in _CUT_SHORT) or not (folder / "first.ppm").is_file():
+        command = [*reading_command(data, max_frame_pixels), *picture, *packets]
+        output, words = _run(command, folder, max_frame_pixels)
+        first = read_ppm(io.BytesIO(output))
+        if first is None or any(sign in words for sign in _CUT_SHORT):
             raise FilmError(fault_of(words, max_frame_pixels))
-        with (folder / "first.ppm").open("rb") as picture:
-            width, height = picture.read(_PPM_HEADER_BYTES).split()[1:3]
         frames, fps = _pace((folder / "packets").read_text())
-        return FilmFacts(int(width), int(height), frames, fps)
+        return FilmFacts(*first.size, frames, fps)
 
 
 def _demuxer(data: bytes) -> str:
@@ -107,8 +109,8 @@ def _demuxer(data: bytes) -> str:
     raise FilmError("must be an MP4, WebM or GIF file")
 
 
-def _run(command: list[str], folder: Path, max_frame_pixels: int) -> str:
-    """What ffmpeg says of its work, which has succeeded."""
+def _run(command: list[str], folder: Path, max_frame_pixels: int) -> tuple[bytes, str]:
+    """What ffmpeg writes to its output, and what it says; it has succeeded."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=_MEASURING_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -116,7 +118,7 @@ def _run(command: list[str], folder: Path, max_frame_pixels: int) -> str:
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0:
         raise FilmError(fault_of(words, max_frame_pixels))
-    return words
+    return done.stdout, words
 
 
 def _pace(packets: str) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from services.common.batch_costs import WorkKind
 from services.common.executor import DeviceExecutor
 from services.common.picture_files import PictureLimits
 from services.decoder.device_work import DeviceWork
-from services.decoder.input_films import FilmFile, InputFilm, Keyframes, film_pieces, read_keyframes
+from services.decoder.input_films import FilmFile, InputFilm, Keyframes, film_pieces
 from services.decoder.registry import FilmDecoder
 from services.decoder.tiling import Tiling
 from services.decoder.validation import FilmLimits
@@ -56,22 +56,19 @@ class FilmEncoding:
             NonFiniteError, OutOfMemoryError, InternalError: it could not be encoded, or ffmpeg died.
         """
         async with self._reading:
-            reading = DeviceExecutor("film")
-            film: InputFilm | None = None
+            film, reading = self._open(request), DeviceExecutor("film")
             try:
-                film = await reading.run(lambda: self._open(request))
                 return await self._encode(film, request, model, reading)
             finally:
-                if film is not None:
-                    film.stop()
-                    await asyncio.shield(reading.run(film.discard))
+                film.stop()
+                await asyncio.shield(reading.run(film.discard))
                 reading.close()
 
     def _open(self, request: pb.EncodeFilmRequest) -> InputFilm:
         size, count = (request.width, request.height), request.num_frames
         if request.film:
             return FilmFile(request.film, size, count, self.films.max_frame_pixels)
-        return Keyframes(read_keyframes(request.keyframes, size, count, self.pictures), count)
+        return Keyframes(request.keyframes, size, count, self.pictures)
 
     async def _encode(
         self, film: InputFilm, request: pb.EncodeFilmRequest, model: DecoderDescription, reading: DeviceExecutor

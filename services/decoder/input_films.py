@@ -8,10 +8,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.errors import InternalError, InvalidRequestError
+from safelight.ppm import read_ppm
 from services.common.picture_files import PictureLimits
 from services.common.uploaded_films import FILE_NAME, fault_of, reading_command
 from services.decoder.images import from_pixels, read_picture
@@ -58,20 +59,26 @@ def keyframe_indices(pictures: int, num_frames: int) -> list[int]:
 
 
 class Keyframes:
-    """A film of a few pictures, each at its frame; all other frames are mid grey.
+    """A film of a few pictures, evenly spread; all other frames are mid grey.
 
     Args:
-        pictures: [3, H, W] in [-1, 1], by the number of their frame.
+        files: PNG, JPEG or WebP.
+        size: width and height that each is stretched to (Lanczos).
         num_frames: of the film.
+        limits: of a file.
     """
 
-    def __init__(self, pictures: Mapping[int, Tensor], num_frames: int) -> None:
-        self._pictures = pictures
+    def __init__(self, files: Sequence[bytes], size: tuple[int, int], num_frames: int, limits: PictureLimits) -> None:
+        self._places = {index: place for place, index in enumerate(keyframe_indices(len(files), num_frames))}
+        self._files, self._size, self._limits = files, size, limits
         self._num_frames = num_frames
 
     def frames(self) -> Iterator[Tensor]:
-        grey = torch.zeros_like(next(iter(self._pictures.values())))
-        return (self._pictures.get(number, grey) for number in range(self._num_frames))
+        width, height = self._size
+        grey = torch.zeros(3, height, width)
+        for number in range(self._num_frames):
+            place = self._places.get(number)
+            yield grey if place is None else self._read(place)
 
     def stop(self) -> None:
         """Nothing runs by itself."""
@@ -79,20 +86,9 @@ class Keyframes:
     def discard(self) -> None:
         """Nothing is kept outside of memory."""
 
-
-def read_keyframes(
-    files: Sequence[bytes], size: tuple[int, int], num_frames: int, limits: PictureLimits
-) -> dict[int, Tensor]:
-    """Pictures [3, H, W] in [-1, 1], stretched to a width and height (Lanczos), by the number of their frame.
-
-    Raises:
-        InvalidRequestError: a file can't be read.
-    """
-    pictures = {}
-    for place, index in enumerate(keyframe_indices(len(files), num_frames)):
+    def _read(self, place: int) -> Tensor:
         with named(f"keyframes[{place}]"):
-            pictures[index] = read_picture(files[place], limits, size)[0]
-    return pictures
+            return read_picture(self._files[place], self._limits, self._size)[0]
 
 
 class FilmFile:
@@ -106,8 +102,6 @@ class FilmFile:
     """
 
     def __init__(self, data: bytes, size: tuple[int, int], num_frames: int, max_frame_pixels: int) -> None:
-        with named("film"):
-            self._reading = reading_command(data, max_frame_pixels)
         self._data, self._size = data, size
         self._num_frames, self._max_frame_pixels = num_frames, max_frame_pixels
         self._folder: Path | None = None
@@ -118,7 +112,7 @@ class FilmFile:
         process = self._start()
         assert process.stdout is not None
         for number in range(self._num_frames):
-            frame = _read_frame(process.stdout)
+            frame = read_ppm(process.stdout)
             if frame is None:
                 raise self._failure(process, number)
             yield from_pixels(np.array(frame.resize(self._size, Image.Resampling.LANCZOS)))
@@ -138,11 +132,13 @@ class FilmFile:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> subprocess.Popen[bytes]:
+        with named("film"):
+            command = reading_command(self._data, self._max_frame_pixels)
         self._folder = Path(tempfile.mkdtemp(prefix="safelight-film-"))
         (self._folder / FILE_NAME).write_bytes(self._data)
         # Every frame as it is stored, none twice, however long each is shown.
         taken = ["-fps_mode", "passthrough", "-frames:v", str(self._num_frames)]
-        command = [*self._reading, *taken, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
+        command += [*taken, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
         with (self._folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=self._folder)
         self._process = process
@@ -164,13 +160,3 @@ class FilmFile:
             "num_frames",
             f"is {self._num_frames} and the film has {number} frames: ask for fewer, or give a longer film",
         )
-
-
-def _read_frame(stream: IO[bytes]) -> Image.Image | None:
-    """The next picture of a stream of binary PPMs: lines "P6", size and largest level, then levels; None: no more."""
-    header = [stream.readline() for _ in range(3)]
-    if not header[-1]:
-        return None
-    width, height = map(int, header[1].split())
-    levels = stream.read(3 * width * height)
-    return Image.frombytes("RGB", (width, height), levels) if len(levels) == 3 * width * height else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from safelight.errors import InvalidRequestError, UnsupportedError
 from safelight.model_files import PathLike
+from safelight.ppm import read_ppm
 
 _CODECS = {
     ".mp4": ("-c:v", "libx264", "-crf", "18", "-movflags", "+faststart"),
@@ -18,9 +20,6 @@ _CODECS = {
 }
 # Every prediction is exact, in RGB; and the same frames make the same file.
 _LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "veryfast", "-threads", "4", "-fflags", "+bitexact")
-
-
-_LONGEST_HEADER = 64  # bytes
 
 
 class VideoReader(Sequence[Image.Image]):
@@ -95,19 +94,8 @@ def load_video(path: PathLike) -> VideoReader:
         raise InvalidRequestError.of("path", f"{path} does not exist: correct the path")
     written = ["-fps_mode", "passthrough", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
     data, _ = _ffmpeg(["-i", str(path), "-map", "0:V:0", *written])
-    return VideoReader(_frames(data))
-
-
-def _frames(data: bytes) -> Iterator[Image.Image]:
-    """The pictures of binary PPMs, one after the other: lines "P6", size and largest level, then levels."""
-    start = 0
-    while start < len(data):
-        _, size, _, _ = data[start : start + _LONGEST_HEADER].split(b"\n", 3)
-        width, height = map(int, size.split())
-        start += len(b"P6\n") + len(size) + len(b"\n255\n")
-        end = start + 3 * width * height
-        yield Image.frombytes("RGB", (width, height), data[start:end])
-        start = end
+    stream = io.BytesIO(data)
+    return VideoReader(iter(lambda: read_ppm(stream), None))
 
 
 def _rgb(frame: Image.Image) -> bytes:
