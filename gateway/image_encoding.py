@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gateway.plan import GenerationPlan
 from gateway.retry import Attempts
-from gateway.stage_calls import StageCalls
+from gateway.stage_encoding import StageEncoding, film_request
 from gateway.work import Work, encode_image_work
-from safelight.v1.decoder_service_pb2 import EncodeFilmRequest, EncodeImageRequest
+from safelight.v1.decoder_service_pb2 import EncodeImageRequest
 from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import StageTiming
-from services.common.metrics import Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,23 +27,8 @@ class EncodedImage:
     timings: Sequence[StageTiming] = ()
 
 
-@dataclass
-class ImageEncoding:
-    """Encodes the input picture, or the film, of a request.
-
-    Args:
-        plan: the request.
-        calls: the stages.
-        metrics: where retries are counted.
-        max_attempts: times a decoder is tried.
-        refs: the tensors that decoders hold for the request.
-    """
-
-    plan: GenerationPlan
-    calls: StageCalls
-    metrics: Metrics
-    max_attempts: int
-    refs: list[TensorRef] = field(default_factory=list)
+class ImageEncoding(StageEncoding):
+    """Encodes the input picture, or the film, of a request."""
 
     async def encode(self) -> EncodedImage:
         """The latent of the picture or film that the request starts from.
@@ -55,7 +38,7 @@ class ImageEncoding:
         """
         if not self.plan.inputs.start:
             return EncodedImage()
-        attempts, lost = Attempts("decoder", self.max_attempts, self.metrics), list[StageTiming]()
+        attempts, lost = self.attempts("decoder"), list[StageTiming]()
         encoded = await (self._film(attempts, lost) if self.plan.inputs.film else self._image(attempts, lost))
         self.refs.extend(ref for ref in (encoded.latents, encoded.mask) if ref is not None)
         return encoded
@@ -67,23 +50,12 @@ class ImageEncoding:
         return EncodedImage(response.latents, mask, [*lost, response.timing])
 
     async def _film(self, attempts: Attempts, lost: list[StageTiming]) -> EncodedImage:
-        request, work = self._film_request(), self._work()
+        request, work = film_request(self.plan, film=self.plan.inputs.film), self._work()
         response = await attempts.repeat(lambda: self.calls.encode_film(request, work, attempts.failed), lost)
         return EncodedImage(response.latents, timings=[*lost, response.timing])
 
     def _work(self) -> Work:
         return encode_image_work(self.plan.model.name, self.plan.latent_shape)
-
-    def _film_request(self) -> EncodeFilmRequest:
-        parameters = self.plan.images[0]
-        return EncodeFilmRequest(
-            context=self.plan.context,
-            model=parameters.model,
-            film=self.plan.inputs.film,
-            width=parameters.width,
-            height=parameters.height,
-            num_frames=parameters.num_frames,
-        )
 
     def _image_request(self) -> EncodeImageRequest:
         parameters = self.plan.images[0]

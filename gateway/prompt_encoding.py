@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gateway.inputs import IMAGE_EMBEDS
-from gateway.plan import GenerationPlan
-from gateway.retry import Attempts
-from gateway.stage_calls import StageCalls
+from gateway.stage_encoding import StageEncoding
 from safelight.v1.encoder_service_pb2 import EncodedPrompt, EncodeRequest, EncodeResponse
-from safelight.v1.tensor_pb2 import TensorRef
 from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE, MediaInput, StageTiming
-from services.common.metrics import Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,23 +25,8 @@ class EncodedPrompts:
     timings: Sequence[StageTiming]
 
 
-@dataclass
-class PromptEncoding:
-    """Encodes the prompt and the negative prompt of a request, each with the pictures that it is told of.
-
-    Args:
-        plan: the request.
-        calls: the stages.
-        metrics: where retries are counted.
-        max_attempts: times the encoder is tried.
-        refs: the tensors that encoders hold for the request.
-    """
-
-    plan: GenerationPlan
-    calls: StageCalls
-    metrics: Metrics
-    max_attempts: int
-    refs: list[TensorRef] = field(default_factory=list)
+class PromptEncoding(StageEncoding):
+    """Encodes the prompt and the negative prompt of a request, each with the pictures that it is told of."""
 
     async def encode(self) -> EncodedPrompts:
         """The prompts' conditioning.
@@ -53,8 +34,7 @@ class PromptEncoding:
         Raises:
             SafelightError: the encoder refused the prompts, or no replica could encode them.
         """
-        request, lost = self._request(), list[StageTiming]()
-        attempts = Attempts("encoder", self.max_attempts, self.metrics)
+        request, lost, attempts = self._request(), list[StageTiming](), self.attempts("encoder")
         response = await attempts.repeat(lambda: self.calls.encode(request, attempts.failed), lost)
         return self._noted(response, lost)
 
