@@ -60,6 +60,21 @@ class Admission:
         self._calibration = Calibration(time.monotonic)
 
     @contextmanager
+    def hold_inputs(self, input_bytes: int) -> Iterator[None]:
+        """Count a request's input files for as long as the context lasts, which begins before they are opened.
+
+        Raises:
+            OverloadedError: with them, all requests' files would have more bytes than are allowed.
+        """
+        if input_bytes and self._input_bytes + input_bytes > self._max_input_bytes:
+            raise self._too_large()
+        self._input_bytes += input_bytes
+        try:
+            yield
+        finally:
+            self._input_bytes -= input_bytes
+
+    @contextmanager
     def admit(self, plan: GenerationPlan, remaining_seconds: float | None) -> Iterator[Admitted]:
         """Let a request in for as long as the context lasts.
 
@@ -76,7 +91,6 @@ class Admission:
         admitted = self._check(plan, remaining_seconds)
         images = len(plan.images)
         self._images += images
-        self._input_bytes += plan.inputs.size
         admitted.start()
         try:
             yield admitted
@@ -91,7 +105,6 @@ class Admission:
         finally:
             admitted.end()
             self._images -= images
-            self._input_bytes -= plan.inputs.size
 
     def _learn(self, admitted: Admitted, seconds: float) -> None:
         if admitted.estimate:
@@ -114,8 +127,6 @@ class Admission:
         known = expected(sampling.steps)
         if self._images + len(plan.images) > self._max_images:
             raise self._too_many(plan, known)
-        if plan.inputs.size and self._input_bytes + plan.inputs.size > self._max_input_bytes:
-            raise self._too_large(known)
         if known is None or self._rules.fits(known, remaining_seconds):
             return Admitted(plan, known, self._stages)
         steps = self._fewer_steps(sampling, expected, remaining_seconds)
@@ -181,12 +192,12 @@ class Admission:
             capacity=str(self._max_images),
         )
 
-    def _too_large(self, known: Estimate | None) -> OverloadedError:
+    def _too_large(self) -> OverloadedError:
         self._metrics.admission_refused.labels("credits").inc()
         return OverloadedError(
             f"the requests in work have {self._input_bytes} bytes of input files and {self._max_input_bytes} are "
             "allowed: retry later",
-            retry_after_seconds=self._retry_after(known, 1.0),
+            retry_after_seconds=self._retry_after(None, 1.0),
             stage="gateway",
             capacity=str(self._max_input_bytes),
         )

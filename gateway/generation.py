@@ -82,15 +82,22 @@ class Generation:
         request_id.set(request.context.request_id)
         model = self.stages.find(request.model)
         check_generate(request, model)
+        with self.admission.hold_inputs(sum(given.ByteSize() for given in request.inputs)):
+            receipts = await self._make_all(request, model, remaining_seconds, emit)
+        result = GenerateResult(images=receipts)
+        result.completed_at.GetCurrentTime()
+        emit(GenerateResponse(result=result))
+
+    async def _make_all(
+        self, request: GenerateRequest, model: ModelDescription, remaining_seconds: float | None, emit: Emit
+    ) -> Sequence[ImageReceipt]:
+        """The receipts of all pictures of a checked request."""
         asked = await asyncio.to_thread(self._plan, request, model) if request.inputs else make_plan(request, model)
         seconds = _remaining_seconds(asked.context, remaining_seconds)
         with self.adapters.used(model.name, request.adapters), self.admission.admit(asked, seconds) as admitted:
             calls = StageCalls(self.stages, self.settings, _set_deadline(asked.context, seconds), admitted.given)
             emit(_accepted(admitted))
-            receipts = await self._follow_plan(request, admitted.plan, calls, emit)
-        result = GenerateResult(images=receipts)
-        result.completed_at.GetCurrentTime()
-        emit(GenerateResponse(result=result))
+            return await self._follow_plan(request, admitted.plan, calls, emit)
 
     def _plan(self, request: GenerateRequest, model: ModelDescription) -> GenerationPlan:
         """The plan of a request with inputs, which are measured and digested."""

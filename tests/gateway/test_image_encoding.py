@@ -173,7 +173,7 @@ async def test_input_pictures_are_bounded_in_all(deploy: Deploy) -> None:
 
     reached, released = asyncio.Event(), asyncio.Event()
     deployment = await deploy(
-        [FakeDenoiser(rest)], [FakeDecoder(encode_image=wait)], max_input_bytes=2 * len(IMAGE.data)
+        [FakeDenoiser(rest)], [FakeDecoder(encode_image=wait)], max_input_bytes=3 * len(IMAGE.data)
     )
     first = asyncio.create_task(deployment.events(REQUEST))
     await reached.wait()
