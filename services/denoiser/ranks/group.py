@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from threading import Event, Lock, Thread
 from typing import Any
 
-from safelight.errors import CheckpointError, ModelRestartingError
+from safelight.errors import CheckpointError, ModelRestartingError, SafelightError
 from services.common.availability import Availability
 from services.common.manifest import ModelEntry
 from services.common.metrics import Metrics
@@ -94,14 +94,16 @@ class RankGroup:
 
         Raises:
             ModelRestartingError: they are lost, and being started again.
-            Exception: what a rank has failed with, as it would in this process.
+            Exception: what a rank has failed with, as it would in this process, also if the others are lost by that.
         """
         ranks = self.ranks
         try:
             return ranks.call_all(command, self._plan.answer_seconds)
-        except RanksLostError as error:
+        except RanksLostError as lost:
             self._note_loss(ranks)
-            raise restarting_error(self.name, str(error)) from error
+            if isinstance(lost.error, (SafelightError, MemoryError)):  # the request's fault: it is not to come again
+                raise lost.error from lost
+            raise restarting_error(self.name, str(lost)) from lost
 
     def close(self) -> None:
         """End all ranks."""

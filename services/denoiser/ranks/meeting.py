@@ -9,6 +9,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is do
 LOOPBACK = "127.0.0.1"
 
 
+def loopback_interface() -> str:
+    """Its name on this system; gloo would take the interface of the host's name, which others may reach."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
 def open_store(host: str) -> tuple[TCPStore, tuple[str, int]]:
     """A store on a free port of one of this machine's addresses, and where it is; it closes when nobody holds it."""
     listener = socket.create_server((host, 0))

@@ -8,15 +8,16 @@ from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def pack(message: object) -> bytes:
+def pack(message: object) -> memoryview:
     """The bytes of a message; its tensors may be on any device."""
     packed = io.BytesIO()
     _Pickler(packed, pickle.HIGHEST_PROTOCOL).dump(message)
-    return packed.getvalue()
+    return packed.getbuffer()
 
 
 def unpack(packed: bytes) -> Any:
@@ -30,7 +31,7 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def send(self, packed: bytes) -> None:
+    def send(self, packed: memoryview) -> None:
         """Send a message that is packed already, as it may go to several ranks.
 
         Raises:
@@ -65,6 +66,6 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A copy, in memory that torch has aligned: the rounding of some matrix products follows the alignment."""
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).clone().reshape(shape)
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
+    return tensor

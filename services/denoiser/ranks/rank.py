@@ -31,6 +31,7 @@ from services.denoiser.ranks.commands import (
     RowFiles,
 )
 from services.denoiser.ranks.dealing import dealt
+from services.denoiser.ranks.meeting import LOOPBACK, loopback_interface
 from services.denoiser.ranks.messages import Channel, pack
 from services.denoiser.registry import LocalDenoiser, loaders_over
 from services.modeling.loading import load_models
@@ -56,7 +57,8 @@ def obey(channel: Channel) -> None:
         rank = _join(load)
     except Exception as error:  # the process's boundary: the service says what becomes of it
         channel.send(pack(Failed(_told(error, load.rank))))
-        orders.get()
+        orders.get()  # there is none: the service hangs up
+        return
     channel.send(pack(rank.loaded()))
     while True:
         channel.send(pack(rank.answer(orders.get())))
@@ -79,6 +81,8 @@ def _join(load: Load) -> Rank:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host, port = load.store
+    if host == LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     store = TCPStore(host, port, is_master=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=load.rank, world_size=load.degrees.ranks, timeout=_NEVER)

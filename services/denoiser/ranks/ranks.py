@@ -144,7 +144,7 @@ class Ranks:
     def _send(self, commands: Sequence[Command]) -> None:
         prepared = frozenset(each.number for each in self.prepared.all())
         adapters = frozenset(each.fingerprint for each in self._adapters.all())
-        packed: dict[int, bytes] = {}
+        packed: dict[int, memoryview] = {}
         for channel, command in zip(self._channels, commands, strict=True):
             if id(command) not in packed:
                 packed[id(command)] = pack(Order(command, prepared, adapters))
