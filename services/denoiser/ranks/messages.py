@@ -1,10 +1,12 @@
-"""Messages between the service and a rank: pickles whose tensors travel as raw bytes."""
+"""Messages between the service and a rank: pickles, whose tensors travel beside them as raw bytes."""
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pickle import PickleBuffer
 from types import MappingProxyType
 from typing import Any
 
@@ -12,17 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def pack(message: object) -> memoryview:
-    """The bytes of a message; its tensors may be on any device."""
-    packed = io.BytesIO()
-    _Pickler(packed, pickle.HIGHEST_PROTOCOL).dump(message)
-    return packed.getbuffer()
+Packed = Sequence[bytes | memoryview]
+"""A pickle, and the bytes of each of its tensors."""
 
 
-def unpack(packed: bytes) -> Any:
-    """The message of these bytes, of a peer that is trusted; its tensors are on the CPU."""
-    return pickle.loads(packed)
+def pack(message: object) -> Packed:
+    """A message, ready to be sent; its tensors may be on any device."""
+    packed, tensors = io.BytesIO(), list[memoryview]()
+    _Pickler(packed, pickle.HIGHEST_PROTOCOL, buffer_callback=lambda buffer: tensors.append(buffer.raw())).dump(message)
+    return [packed.getvalue(), *tensors]
+
+
+def unpack(packed: Packed) -> Any:
+    """The message of a peer that is trusted; its tensors are on the CPU."""
+    return pickle.loads(packed[0], buffers=packed[1:])
 
 
 class Channel:
@@ -31,13 +36,15 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def send(self, packed: memoryview) -> None:
+    def send(self, packed: Packed) -> None:
         """Send a message that is packed already, as it may go to several ranks.
 
         Raises:
             OSError: the other end is closed, or takes nothing for too long.
         """
-        self.connection.send_bytes(packed)
+        self.connection.send_bytes(str(len(packed)).encode())
+        for part in packed:
+            self.connection.send_bytes(part)
 
     def receive(self) -> Any:
         """The next message.
@@ -45,7 +52,8 @@ class Channel:
         Raises:
             EOFError, OSError: the other end is closed.
         """
-        return unpack(self.connection.recv_bytes())
+        parts = int(self.connection.recv_bytes())
+        return unpack([self.connection.recv_bytes() for _ in range(parts)])
 
 
 class _Pickler(pickle.Pickler):
@@ -56,8 +64,8 @@ class _Pickler(pickle.Pickler):
             return _read_only, (dict(value),)
         if not isinstance(value, Tensor):
             return NotImplemented
-        flat = value.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        return _tensor, (bytes(flat.numpy()), value.dtype, tuple(value.shape))
+        flat: Any = value.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+        return _tensor, (PickleBuffer(flat), value.dtype, tuple(value.shape))
 
 
 def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from services.denoiser.ranks.alive import Alive
 from services.denoiser.ranks.commands import Command, Failed, Order
 from services.denoiser.ranks.entrance import connection_over, hang_up
-from services.denoiser.ranks.messages import Channel, pack
+from services.denoiser.ranks.messages import Channel, Packed, pack
 from services.denoiser.ranks.prepared import PreparedOnRanks
 from services.denoiser.ranks.process import start_process
 from services.modeling.lora.adapter import Adapter
@@ -144,7 +144,7 @@ class Ranks:
     def _send(self, commands: Sequence[Command]) -> None:
         prepared = frozenset(each.number for each in self.prepared.all())
         adapters = frozenset(each.fingerprint for each in self._adapters.all())
-        packed: dict[int, memoryview] = {}
+        packed: dict[int, Packed] = {}
         for channel, command in zip(self._channels, commands, strict=True):
             if id(command) not in packed:
                 packed[id(command)] = pack(Order(command, prepared, adapters))

@@ -14,7 +14,7 @@ from services.denoiser.ranks.messages import pack, unpack
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 5)])
 def test_tensors_come_out_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (10 * torch.randn(shape)).to(dtype)
-    (found,) = unpack(bytes(pack([tensor])))
+    (found,) = unpack(pack([tensor]))
     assert found.dtype == dtype
     assert found.shape == shape
     assert torch.equal(found, tensor)
@@ -22,9 +22,9 @@ def test_tensors_come_out_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]
 
 def test_a_part_of_a_tensor_is_all_that_travels() -> None:
     rows = torch.randn(1000, 1000)
-    assert len(pack(rows[:, :2])) < 10_000
-    assert torch.equal(unpack(bytes(pack(rows.T[3:5]))), rows.T[3:5])
+    assert sum(map(len, pack(rows[:, :2]))) < 10_000
+    assert torch.equal(unpack(pack(rows.T[3:5])), rows.T[3:5])
 
 
 def test_read_only_mappings_stay_what_they_are() -> None:
-    assert unpack(bytes(pack(MappingProxyType({"shift": 3.0})))) == MappingProxyType({"shift": 3.0})
+    assert unpack(pack(MappingProxyType({"shift": 3.0}))) == MappingProxyType({"shift": 3.0})
