@@ -21,6 +21,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -182,9 +183,9 @@ class Sampler:
             self._peaks = {kind: max(self._peaks[kind], size) for kind, size in self._looked().items()}
 
 
-def memory_status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+def memory_status(field: str, process: int | Literal["self"] = "self") -> int:
+    """A field of a process's status in /proc, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     assert found is not None, field
     return int(found[1]) * 1024
 

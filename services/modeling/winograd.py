@@ -4,7 +4,9 @@ Every 4 x 4 tile of the input is transformed by sums and differences, multiplied
 (one matrix product over the channels for each of the 16 places in a tile) and transformed back to 2 x 2 outputs. In
 float32 the result is as exact as the direct sum; in bfloat16 the transformed values would be rounded, so it isn't used.
 
-B batch, H and W height and width, h and w half of them rounded up, C and K channels in and out.
+It is done in strips of rows, so that what is on the way stays in the CPU's cache and takes little memory.
+
+B batch, T frames, H and W height and width, h and w half of them rounded up, C and K channels in and out.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from services.modeling.packing import pack_linear_weight, packed_linear
 
 # G of the paper: from the three weights along one side to the four of a tile.
 _WEIGHT_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+_STRIP_ELEMENTS = 2**20  # of the input: half and twice as many are no faster
 
 Tiles = Sequence[Sequence[Tensor]]  # 4 x 4: row, column
 
@@ -36,31 +40,60 @@ def bytes_of_tiles(weight: Tensor) -> int:
 
 def tiled_conv2d(x: Tensor, tiles: Tiles, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolution with stride and padding 1 (+ residual). x: [B, C, H, W] -> [B, K, H, W] in channels-last memory."""
-    batch, _, height, width = x.shape
-    products = _multiply(_input_tiles(x), tiles, bias)
-    y_BhpwqK = x.new_empty(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, products[0][0].shape[-1])
-    columns = [_output_transform(*row) for row in products]
-    for q in range(2):
-        for p, values in enumerate(_output_transform(*(row[q] for row in columns))):
-            y_BhpwqK[:, :, p, :, q] = values
-    y = y_BhpwqK.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
-    y = y.contiguous(memory_format=torch.channels_last)
+    y = tiled_conv3d(x, [tiles], bias)
     return y if residual is None else y.add_(residual)
 
 
-def _input_tiles(x: Tensor) -> Tiles:
-    """[B, C, H, W] -> 4 x 4 tensors [B, h, w, C], one for each place in a tile."""
-    height, width = x.shape[-2] + x.shape[-2] % 2, x.shape[-1] + x.shape[-1] % 2
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, width - x.shape[-1] + 1, 1, height - x.shape[-2] + 1))
-    rows = _input_transform(*(padded[:, i : i + height : 2] for i in range(4)))
-    return [_input_transform(*(row[:, :, j : j + width : 2] for j in range(4))) for row in rows]
+def tiled_conv3d(frames: Tensor, kernels: Sequence[Tiles], bias: Tensor | None) -> Tensor:
+    """Convolution with stride 1, and padding 1 along the sides alone: [T + D - 1, C, H, W] -> [T, K, H, W].
+
+    kernels: the tiles of each of the D frames of the kernel. A frame is transformed once, and what its places yield with
+    all of them is summed up before it is transformed back. The result is in channels-last memory.
+    """
+    x_THWC = frames.permute(0, 2, 3, 1)
+    _, height, width, channels = x_THWC.shape
+    length = len(frames) - len(kernels) + 1
+    y_THWK = frames.new_empty(length, height, width, kernels[0][0][0].shape[0])
+    rows = max(_STRIP_ELEMENTS // (len(frames) * width * channels) // 2, 1) * 2
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        _convolve_strip(_padded_strip(x_THWC, top, bottom), kernels, bias, y_THWK[:, top:bottom])
+    return y_THWK.permute(0, 3, 1, 2)
 
 
-def _multiply(inputs: Tiles, weights: Tiles, bias: Tensor | None) -> Tiles:
-    """One product over the channels for each place; place (1, 1) enters every output once and so brings the bias."""
-    return [
-        [packed_linear(inputs[i][j], weights[i][j], bias if i == j == 1 else None) for j in range(4)] for i in range(4)
-    ]
+def _padded_strip(x_THWC: Tensor, top: int, bottom: int) -> Tensor:
+    """The rows from `top` to `bottom` and one more around each side, zeros beyond the picture; an even number of each."""
+    height, width = x_THWC.shape[1:3]
+    strip = x_THWC[:, max(top - 1, 0) : bottom + 1]
+    below = (bottom == height) + (bottom - top) % 2
+    return F.pad(strip, (0, 0, 1, 1 + width % 2, int(top == 0), below))
+
+
+def _convolve_strip(x_THWC: Tensor, kernels: Sequence[Tiles], bias: Tensor | None, y_ThwK: Tensor) -> None:
+    """Writes the convolution of a padded strip to the rows that it is for."""
+    height, width = x_THWC.shape[1] - 2, x_THWC.shape[2] - 2
+    halves = []
+    for i, row in enumerate(_input_transform(*(x_THWC[:, i : i + height : 2] for i in range(4)))):
+        places = _input_transform(*(row[:, :, j : j + width : 2] for j in range(4)))
+        # Place (1, 1) enters every output once and so brings the bias.
+        products = (
+            _sum_of_products(x, [tiles[i][j] for tiles in kernels], bias if i == j == 1 else None)
+            for j, x in enumerate(places)
+        )
+        halves.append(_output_transform(*products))
+    for q in range(2):
+        for p, values in enumerate(_output_transform(*(half[q] for half in halves))):
+            where = y_ThwK[:, p::2, q::2]
+            where.copy_(values[:, : where.shape[1], : where.shape[2]])
+
+
+def _sum_of_products(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Of D frames in a row, each with its weight: [T + D - 1, h, w, C] -> [T, h, w, K]."""
+    length = len(x) - len(weights) + 1
+    y = packed_linear(x[:length], weights[0], bias)
+    for number, weight in enumerate(weights[1:], start=1):
+        y = packed_linear(x[number : number + length], weight, add=y)
+    return y
 
 
 def _input_transform(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

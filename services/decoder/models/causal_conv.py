@@ -7,21 +7,36 @@ depend on where it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.modeling.layers import TensorModule
-from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_conv2d
+from services.modeling.winograd import Tiles, bytes_of_tiles, pack_tiles, tiled_conv3d
 
 # Narrower convolutions in float32 are faster as they are: measured, docs/performance.md.
-_MIN_TILED_CHANNELS = 192
+_MIN_TILED_CHANNELS = 96
 
 
 class Past(dict[nn.Module, Tensor]):
     """The last frames that each layer of a network has seen of a film; empty before the first frame."""
+
+    def remember(self, layer: nn.Module, frames: Tensor) -> None:
+        """Copies a layer's last frames over those that it had: in new memory each time, it would be left in holes."""
+        if layer in self:
+            self[layer].copy_(frames)
+        else:
+            self[layer] = frames.clone()  # not a view: that would keep the whole piece
+
+
+Prepare: TypeAlias = Callable[[Tensor, Tensor], object]
+
+
+def _copy(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
 
 
 class CausalConv3d(TensorModule):
@@ -40,16 +55,17 @@ class CausalConv3d(TensorModule):
         self._frames_before = kernel[0] - 1
         self._padding = (0, kernel[1] // 2, kernel[2] // 2)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, past: Past, prepare: Prepare = _copy) -> Tensor:
+        """prepare: writes what is convolved, given x and where to: what would be a copy is the layer before."""
         # Not torch.cat, which may choose the other memory format, and every convolution would bring it back.
         frames = x.new_empty(self._frames_before + len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         frames[: self._frames_before] = past.get(self, 0)
-        frames[self._frames_before :] = x
+        prepare(x, frames[self._frames_before :])
         skipped = self._frames_before if self not in past and len(x) == 1 else 0  # zeros, which add nothing
-        past[self] = frames[len(x) :].clone()  # not a view: that would keep the whole piece
+        past.remember(self, frames[len(x) :])
         if self._tiles is None:
             return _conv3d(frames[skipped:], self.weight[:, :, skipped:], self.bias, padding=self._padding)
-        return self._convolve_in_tiles(frames[skipped:], self._tiles[skipped:])
+        return tiled_conv3d(frames[skipped:], self._tiles[skipped:], self.bias)
 
     def pack(self) -> None:
         """A wide 3x3x3 kernel in float32 becomes three 3x3 ones, one a frame, with fewer products each."""
@@ -66,13 +82,6 @@ class CausalConv3d(TensorModule):
         is_tiled = kernel == [3, 3, 3] and is_wide and self.weight.dtype == torch.float32
         return bytes_of_tiles(self.weight) if is_tiled else 0
 
-    def _convolve_in_tiles(self, frames: Tensor, kernels: Sequence[Tiles]) -> Tensor:
-        length = len(frames) - len(kernels) + 1
-        out = tiled_conv2d(frames[:length], kernels[0], self.bias, None)
-        for number, tiles in enumerate(kernels[1:], start=1):
-            out = tiled_conv2d(frames[number : number + length], tiles, None, out)
-        return out
-
 
 class HalveFrames(TensorModule):
     """Keeps the first frame of a film and makes one frame of each two that follow, by looking at the one before, too.
@@ -86,9 +95,9 @@ class HalveFrames(TensorModule):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        before = past.get(self)
-        past[self] = x[-1:].clone()
-        return x if before is None else _conv3d(torch.cat([before, x]), self.weight, self.bias, frame_stride=2)
+        frames = torch.cat([past[self], x]) if self in past else None
+        past.remember(self, x[-1:])
+        return x if frames is None else _conv3d(frames, self.weight, self.bias, frame_stride=2)
 
 
 class DoubleFrames(TensorModule):

@@ -33,6 +33,7 @@ from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 IMAGE_CHANNELS = 3
 FRAMES_PER_LATENT = 4
 _LEAST_NORM = 1e-12
+_STRIP_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,18 @@ class ChannelNorm(TensorModule):
         self.gamma = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._divide(x, torch.empty_like(x))
+
+    def activate(self, x: Tensor, out: Tensor) -> None:
+        """Writes the SiLU of the norm, in strips of rows that stay in a CPU's cache."""
+        rows = x.shape[2] if x.is_cuda else max(_STRIP_ELEMENTS // x[:, :, 0].numel(), 1)
+        for strip, target in zip(x.split(rows, dim=2), out.split(rows, dim=2), strict=True):
+            F.silu(self._divide(strip, target), inplace=True)
+
+    def _divide(self, x: Tensor, out: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         inverse = norm.clamp_min(_LEAST_NORM).reciprocal_() * math.sqrt(x.shape[1])
-        return (x * inverse.to(x.dtype)).mul_(self.gamma[:, None, None])
+        return torch.mul(x, inverse.to(x.dtype), out=out).mul_(self.gamma[:, None, None])
 
 
 class ResidualBlock(TensorModule):
@@ -77,8 +87,8 @@ class ResidualBlock(TensorModule):
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x), inplace=True), past)
-        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True), past)
+        hidden = self.conv1(x, past, self.norm1.activate)
+        hidden = self.conv2(hidden, past, self.norm2.activate)
         return hidden.add_(self.conv_shortcut(x))
 
 
@@ -154,7 +164,7 @@ class Encoder(TensorModule):
 
     def forward(self, frames: Tensor, past: Past) -> Tensor:
         x = self.mid_block(self.down_blocks(self.conv_in(frames, past), past), past)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return self.conv_out(x, past, self.norm_out.activate)
 
 
 class Decoder(TensorModule):
@@ -177,7 +187,7 @@ class Decoder(TensorModule):
 
     def forward(self, z: Tensor, past: Past) -> Tensor:
         x = self.up_blocks(self.mid_block(self.conv_in(z, past), past), past)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return self.conv_out(x, past, self.norm_out.activate)
 
 
 def _residual_blocks(in_channels: int, out_channels: int, count: int) -> list[ResidualBlock]:
