@@ -1,8 +1,8 @@
 """Peak memory of decoding films of 17, 49 and 81 frames with Wan2.1's VAE at its real width: does it grow with length?
 
-256x256 pixels, random weights. For each film a decoder is started, is sent the latents and answers with an MP4; the peak
-is the kernel's of the resident set (VmHWM), less what the decoder had when it began to serve. ffmpeg, a process of its
-own, is looked at whenever a latent frame is done.
+256x256 pixels, random weights. For each film a decoder is started, is sent the latents and answers with an MP4; the
+peak is the kernel's of the resident set (VmHWM), less what the decoder had when it began to serve. ffmpeg, a process of
+its own, is looked at whenever a latent frame is done.
 
     OMP_WAIT_POLICY=PASSIVE python -m bench.film_memory --dtype float32
 """

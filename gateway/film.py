@@ -8,9 +8,7 @@ from safelight.errors import FieldViolation
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import ModelDescription
 from safelight.v1.tensor_pb2 import TensorRef
-from services.common.validation import check_range
-
-MAX_FPS = 120
+from services.common.film_limits import check_film_side, check_fps
 
 
 def frame_count(request: GenerateRequest, model: ModelDescription) -> int:
@@ -41,15 +39,17 @@ def film_violations(request: GenerateRequest, model: ModelDescription) -> Iterat
 
     How long it may be follows its size; where its inputs are yet to say that, any length is right.
     """
-    yield from check_range("fps", request.fps, 0, MAX_FPS)
+    yield from check_fps("fps", request.fps)
+    yield from check_film_side("width", request.width)
+    yield from check_film_side("height", request.height)
     frames, per_latent = request.num_frames, model.decoder.frames_per_latent
-    if frames < 0 or (frames and (frames - 1) % per_latent):
+    if _has_size(request) and frames > (most := most_frames(request, model)):
+        yield FieldViolation("num_frames", f"is {frames}; a film of this size may have {most}: shorten it or shrink it")
+    elif frames < 0 or (frames and (frames - 1) % per_latent):
         nearest = max(1 + round((frames - 1) / per_latent) * per_latent, 1)
         yield FieldViolation(
             "num_frames", f"is {frames}; must be one more than a multiple of {per_latent}: try {nearest}"
         )
-    elif _has_size(request) and frames > (most := most_frames(request, model)):
-        yield FieldViolation("num_frames", f"is {frames}; a film of this size may have {most}: shorten it or shrink it")
 
 
 def _has_size(request: GenerateRequest) -> bool:

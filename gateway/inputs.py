@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gateway.film import MAX_FPS, film_violations, most_frames, whole_frames
+from gateway.film import film_violations, most_frames, whole_frames
 from gateway.picture_sizes import MIN_PIXELS, largest_area, size_multiple
 from safelight.errors import FieldViolation, InvalidRequestError
 from safelight.v1.generation_service_pb2 import GenerateRequest
@@ -25,6 +25,7 @@ from safelight.v1.work_pb2 import (
     MediaInput,
     MediaRole,
 )
+from services.common.film_limits import MAX_FPS, MIN_FPS
 from services.common.picture_files import PictureError, picture_size
 from services.common.uploaded_films import FilmError, FilmFacts, film_facts
 from services.common.validation import check_range
@@ -160,7 +161,7 @@ def with_measures_of_inputs(request: GenerateRequest, model: ModelDescription, m
         filled.width, filled.height = _size(request, model, own, scale)
     if own.frames:
         filled.num_frames = request.num_frames or _frames(filled, model, own)
-        filled.fps = request.fps or min(own.fps, MAX_FPS)
+        filled.fps = request.fps or min(max(own.fps, MIN_FPS), MAX_FPS)
         if filled.num_frames > own.frames:
             raise _too_short(filled, model, own)
     if model.decoder.frames_per_latent and (violations := list(film_violations(filled, model))):

@@ -157,23 +157,28 @@ async def test_the_exact_class_makes_the_same_file_again(manifest: str) -> None:
     assert films[0].data == films[1].data
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"num_frames": 8}, InvalidRequestError, "try 9"),
-        ({"num_frames": -3}, InvalidRequestError, "try 1"),
-        ({"num_frames": 40_001}, InvalidRequestError, "a film of this size may have"),
-        ({"width": 8, "height": 8}, InvalidRequestError, "at least 64"),
-        ({"width": 104}, InvalidRequestError, "multiple of 16"),
-        ({"fps": 1e6}, InvalidRequestError, "from 0 to 120"),
-        ({"format": "png"}, InvalidRequestError, "OUTPUT_FORMAT_MP4"),
-        ({"preview_every_steps": 1}, UnsupportedError, "preview"),
-    ],
-)
-async def test_what_no_film_can_be_is_refused_with_the_remedy(
-    options: dict[str, Any], error: type[Exception], words: str, manifest: str
-) -> None:
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"num_frames": 8}, InvalidRequestError, "try 9"),
+    ({"num_frames": 80}, InvalidRequestError, "num_frames: is 80; must be one more than a multiple of 4: try 81"),
+    ({"num_frames": -3}, InvalidRequestError, "try 1"),
+    ({"num_frames": 40_001}, InvalidRequestError, "a film of this size may have"),
+    ({"num_frames": 10_000, "width": 832, "height": 480}, InvalidRequestError, "num_frames: is 10000; a film of"),
+    ({"width": 8, "height": 8}, InvalidRequestError, "at least 64"),
+    ({"width": 104}, InvalidRequestError, "multiple of 16"),
+    ({"fps": 1000.0}, InvalidRequestError, "fps: is 1000; must be from 1 to 120"),
+    ({"fps": -1.0}, InvalidRequestError, "fps: is -1; must be from 1 to 120"),
+    ({"fps": 1e-9}, InvalidRequestError, "fps: is 1e-09; must be from 1 to 120"),
+    ({"fps": float("nan")}, InvalidRequestError, "fps: is nan"),
+    ({"width": 17, "height": 15}, InvalidRequestError, "height: is 15; must be a multiple of 16, at least 64"),
+    ({"width": 32_768, "height": 64, "num_frames": 1}, InvalidRequestError, "along a side"),
+    ({"format": "png"}, InvalidRequestError, "OUTPUT_FORMAT_MP4"),
+    ({"preview_every_steps": 1}, UnsupportedError, "preview"),
+]
+
+
+async def test_what_no_film_can_be_is_refused_with_the_remedy(manifest: str) -> None:
     async with run_cluster(manifest) as cluster:
         assert cluster.client is not None
-        with pytest.raises(error, match=words):
-            await generate(cluster.client, **options)
+        for options, error, words in REFUSED:
+            with pytest.raises(error, match=words):
+                await generate(cluster.client, **options)

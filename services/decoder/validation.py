@@ -9,6 +9,7 @@ from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedErr
 from safelight.v1.decoder_service_pb2 import DecodeRequest, EncodeFilmRequest, EncodeImageRequest
 from safelight.v1.model_pb2 import DecoderDescription
 from safelight.v1.work_pb2 import OUTPUT_FORMAT_UNSPECIFIED, OutputFormat
+from services.common.film_limits import check_film_side, check_fps
 from services.common.validation import check_range
 
 
@@ -103,6 +104,10 @@ def _violations(request: DecodeRequest, model: DecoderDescription) -> Iterator[F
     if len(shape) != 2 + len(axes) or shape[:2] != [1, model.latent_channels] or min(shape) < 1:
         expected = ", ".join(["1", str(model.latent_channels), *axes])
         yield FieldViolation("latents", f"has shape {shape}; must be [{expected}]")
+    elif model.frames_per_latent:
+        yield from check_fps("parameters.fps", request.parameters.fps)
+        for side in shape[-2:]:
+            yield from check_film_side("latents", side * model.scale_factor)
     yield from check_range("output.quality", request.output.quality, 0, 100)
     if request.output.format not in (OUTPUT_FORMAT_UNSPECIFIED, *model.formats):
         known = ", ".join(OutputFormat.Name(known) for known in model.formats)

@@ -47,8 +47,8 @@ def tiled_conv2d(x: Tensor, tiles: Tiles, bias: Tensor | None, residual: Tensor 
 def tiled_conv3d(frames: Tensor, kernels: Sequence[Tiles], bias: Tensor | None) -> Tensor:
     """Convolution with stride 1, and padding 1 along the sides alone: [T + D - 1, C, H, W] -> [T, K, H, W].
 
-    kernels: the tiles of each of the D frames of the kernel. A frame is transformed once, and what its places yield with
-    all of them is summed up before it is transformed back. The result is in channels-last memory.
+    kernels: the tiles of each of the D frames of the kernel. A frame is transformed once, and what its places yield
+    with all of them is summed up before it is transformed back. The result is in channels-last memory.
     """
     x_THWC = frames.permute(0, 2, 3, 1)
     _, height, width, channels = x_THWC.shape
@@ -62,7 +62,7 @@ def tiled_conv3d(frames: Tensor, kernels: Sequence[Tiles], bias: Tensor | None) 
 
 
 def _padded_strip(x_THWC: Tensor, top: int, bottom: int) -> Tensor:
-    """The rows from `top` to `bottom` and one more around each side, zeros beyond the picture; an even number of each."""
+    """The rows from `top` to `bottom` and one more on each side, zeros beyond the picture; an even number of each."""
     height, width = x_THWC.shape[1:3]
     strip = x_THWC[:, max(top - 1, 0) : bottom + 1]
     below = (bottom == height) + (bottom - top) % 2

@@ -66,7 +66,7 @@ class ChannelNorm(TensorModule):
     def activate(self, x: Tensor, out: Tensor) -> None:
         """Writes the SiLU of the norm, in strips of rows that stay in a CPU's cache."""
         rows = x.shape[2] if x.is_cuda else max(_STRIP_ELEMENTS // x[:, :, 0].numel(), 1)
-        for strip, target in zip(x.split(rows, dim=2), out.split(rows, dim=2), strict=True):
+        for strip, target in zip(*(torch.split(each, rows, dim=2) for each in (x, out)), strict=True):
             F.silu(self._divide(strip, target), inplace=True)
 
     def _divide(self, x: Tensor, out: Tensor) -> Tensor:

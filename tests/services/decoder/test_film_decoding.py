@@ -220,6 +220,32 @@ async def test_what_is_no_film_is_refused(start: Start) -> None:
     assert isinstance(image, UnsupportedError)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda wanted: setattr(wanted.parameters, "fps", -1.0), "parameters.fps: is -1; must be from 1 to 120"),
+        (lambda wanted: setattr(wanted.parameters, "fps", 1000.0), "parameters.fps: is 1000"),
+        (lambda wanted: setattr(wanted.output, "format", 99), "output.format: is 99; choose from OUTPUT_FORMAT_MP4"),
+        (lambda wanted: setattr(wanted.output, "quality", 101), "output.quality: is 101"),
+        (
+            lambda wanted: wanted.latents.CopyFrom(request(torch.zeros(1, 16, 1, 1, 2049)).latents),
+            "latents: is 16392 pixels; a film may have 16384",
+        ),
+        (
+            lambda wanted: wanted.latents.CopyFrom(request(torch.zeros(1, 8, 1, 4, 4)).latents),
+            "latents: has shape .* must be .1, 16, frames, height, width",
+        ),
+    ],
+)
+async def test_what_no_film_can_be_is_refused_by_its_field(
+    change: Callable[[DecodeRequest], None], words: str, start: Start
+) -> None:
+    wanted = request()
+    change(wanted)
+    with pytest.raises(InvalidRequestError, match=words):
+        raise await _failure(await start(), wanted)
+
+
 async def _failure(stub: DecoderServiceStub, wanted: DecodeRequest, timeout: float = 60) -> Exception:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await decode(stub, wanted, timeout)
