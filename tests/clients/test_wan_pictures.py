@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from safelight import EmbeddedStack, InvalidRequestError, WanPipelineConfig, WanVideoPipeline
+from safelight import InvalidRequestError, WanPipelineConfig, WanVideoPipeline
 from safelight.cli import run
+from safelight.pipelines.config import manifest_entry
+from tests.support.cluster import run_cluster
 from tests.support.tiny_wan import save_tiny_wan, save_tiny_wan_i2v
-from tests.support.wan_layout import save_original_clip
 
-FILM: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 2, "seed": 1}
-SMALL: dict[str, Any] = {**FILM, "width": 64, "height": 80}
+SMALL: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 2, "seed": 1, "width": 64, "height": 80}
+Result = TypeVar("Result")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models")
-    return {
+    models = {
         "i2v": save_tiny_wan_i2v(folder / "i2v"),
         "flf2v": save_tiny_wan_i2v(folder / "flf2v", pictures=2),
         "t2v": save_tiny_wan(folder / "t2v"),
     }
-
-
-@pytest.fixture(scope="module")
-def endpoint(models: dict[str, Path]) -> Iterator[str]:
-    """A stack that serves all three."""
     entries = [{"name": name, "path": str(path)} for name, path in models.items()]
-    with EmbeddedStack(entries, device="cpu", warm_up_steps=0) as stack:
-        yield stack.endpoint
+    (folder / "manifest.yaml").write_text(json.dumps({"models": entries}))
+    return str(folder / "manifest.yaml")
+
+
+async def at_gateway(manifest: str, use: Callable[[str], Result]) -> Result:
+    """What a blocking function makes of a gateway's address."""
+    async with run_cluster(manifest) as cluster:
+        assert cluster.gateway is not None
+        return await asyncio.to_thread(use, cluster.gateway.address)
 
 
 def pipeline_of(name: str, endpoint: str) -> WanVideoPipeline:
@@ -52,67 +56,84 @@ def difference(one: list[Image.Image], other: list[Image.Image]) -> int:
     return max(max(ImageChops.difference(*pair).tobytes()) for pair in zip(one, other, strict=True))
 
 
-def test_a_picture_or_a_list_of_them_leads_the_film(endpoint: str) -> None:
-    with pipeline_of("i2v", endpoint) as pipe:
-        alone, listed, three, other = (
-            pipe("a cat", input_image=given, **SMALL)
-            for given in (picture(0), [picture(0)], [picture(seed) for seed in range(3)], picture(1))
-        )
+async def test_a_picture_or_a_list_of_them_leads_the_film(manifest: str) -> None:
+    def films(endpoint: str) -> list[list[Image.Image]]:
+        three = [picture(seed) for seed in range(3)]
+        with pipeline_of("i2v", endpoint) as pipe:
+            made = [pipe("a cat", input_image=given, **SMALL) for given in (three[0], three[:1], three, three[1])]
+            return [*made, pipe("a cat", "", three[0], None, 1.0, 1, 80, 64, 5, None, 2, None)]
+
+    alone, listed, three, other, by_position = await at_gateway(manifest, films)
     assert [frame.size for frame in alone] == [(64, 80)] * 5
-    assert difference(alone, listed) <= 1
-    assert difference(alone, three) > 1
-    assert difference(alone, other) > 1
+    assert max(difference(alone, listed), difference(alone, by_position)) <= 1
+    assert min(difference(alone, three), difference(alone, other)) > 1
 
 
-def test_positional_arguments_are_those_of_the_peer(models: dict[str, Path], endpoint: str, tmp_path: Path) -> None:
-    file = save_original_clip(models["i2v"] / "image_encoder", tmp_path / "clip.safetensors")
-    config = WanPipelineConfig.basic_config(models["i2v"], file, "cpu", 1, None, False)
-    with WanVideoPipeline.from_pretrained(config) as named:
-        frames = named("a cat", "", picture(0), None, 1.0, 1, 80, 64, 5, None, 2, None)
-    with pipeline_of("i2v", endpoint) as of_folder:
-        assert difference(frames, of_folder("a cat", input_image=picture(0), **SMALL)) <= 1
+async def test_with_one_side_alone_the_film_has_the_first_pictures_proportions(manifest: str) -> None:
+    def film(endpoint: str) -> list[Image.Image]:
+        with pipeline_of("i2v", endpoint) as pipe:
+            return pipe("a cat", input_image=[picture(0, (30, 60)), picture(1)], **{**SMALL, "height": None})
+
+    assert (await at_gateway(manifest, film))[0].size == (64, 128)
 
 
-def test_without_a_size_the_film_has_the_first_pictures_proportions(endpoint: str) -> None:
-    with pipeline_of("i2v", endpoint) as pipe:
-        frames = pipe("a cat", input_image=[picture(0, (30, 60)), picture(1)], width=64, **FILM)
-    assert frames[0].size == (64, 128)
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("i2v", {}, "inputs: have 0 images; a film of model 'i2v' is led through 1 to 16"),
+    ("i2v", {"input_image": [picture(0)] * 17}, "have 17 images"),
+    ("i2v", {"input_image": [picture(0), "no.png"]}, "image[1]: no.png can't be read"),
+    ("i2v", {"input_image": b"no picture"}, "inputs[0].data"),
+    ("i2v", {"input_image": picture(0), "input_video": [picture(0)] * 5}, "MEDIA_ROLE_VIDEO"),
+    ("flf2v", {"input_image": picture(0)}, "have 1 images; a film of model 'flf2v' is led through 2"),
+    ("t2v", {"input_image": picture(0)}, "inputs[0].role: is MEDIA_ROLE_IMAGE"),
+]
 
 
-@pytest.mark.parametrize(
-    ("model", "given", "words"),
-    [
-        ("i2v", {}, "inputs: have 0 images; a film of model 'i2v' is led through 1 to 16"),
-        ("i2v", {"input_image": [picture(0)] * 17}, "have 17 images"),
-        ("i2v", {"input_image": [picture(0), "no.png"]}, r"image\[1\]: no.png can't be read"),
-        ("i2v", {"input_image": b"no picture"}, r"inputs\[0\].data"),
-        ("flf2v", {"input_image": picture(0)}, "have 1 images; .* is led through 2"),
-        ("t2v", {"input_image": picture(0)}, r"inputs\[0\].role: is MEDIA_ROLE_IMAGE"),
-        ("i2v", {"input_image": picture(0), "input_video": [picture(0)] * 5}, "MEDIA_ROLE_VIDEO"),
-    ],
-)
-def test_the_wrong_pictures_are_refused_by_name(model: str, given: dict[str, Any], words: str, endpoint: str) -> None:
-    with pipeline_of(model, endpoint) as pipe, pytest.raises(InvalidRequestError, match=words):
-        pipe("a cat", **given, **SMALL)
+async def test_the_wrong_pictures_are_refused_by_name(manifest: str) -> None:
+    def refusals(endpoint: str) -> list[str]:
+        found = []
+        for model, given, _ in WRONG:
+            with pipeline_of(model, endpoint) as pipe, pytest.raises(InvalidRequestError) as caught:
+                pipe("a cat", **given, **SMALL)
+            found.append(str(caught.value))
+        return found
+
+    for said, (*_, words) in zip(await at_gateway(manifest, refusals), WRONG, strict=True):
+        assert words in said
 
 
-def test_the_command_line_takes_several_pictures_and_replays_them(
-    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_config_s_image_encoder_is_a_part_of_the_encoder(tmp_path: Path) -> None:
+    for name in ("dit.safetensors", "clip.safetensors"):
+        (tmp_path / name).touch()
+    config = WanPipelineConfig.basic_config(tmp_path / "dit.safetensors", tmp_path / "clip.safetensors", "cpu", 1)
+    config.image_encoder_dtype = "float32"
+    entry = manifest_entry(config)
+    assert entry is not None
+    part = entry["encoder"]["parts"]["image_encoder"]
+    assert part == {"dtype": "float32", "path": [str(tmp_path / "clip.safetensors")]}
+
+
+async def test_the_command_line_takes_several_pictures_and_replays_them(
+    manifest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, last, film, receipt = (str(tmp_path / name) for name in ("a.png", "b.png", "film.mp4", "film.json"))
+    first, last, receipt = (str(tmp_path / name) for name in ("a.png", "b.png", "film.json"))
     picture(0).save(first)
     picture(1).save(last)
     options = ["--frames", "5", "--steps", "2", "--width", "64", "--height", "80", "--determinism", "exact"]
-    pictures = ["--image", first, "--image", last]
-    at = ["--model", "flf2v", "--endpoint", endpoint]
-    assert run(["generate", "a cat", "-o", film, "--receipt", receipt, *pictures, *options, *at]) == 0
-    assert run(["replay", receipt, "--endpoint", endpoint, *pictures]) == 0
-    assert "\nidentical: " in capsys.readouterr().out
-    assert sorted(json.loads(Path(receipt).read_text())["inputs"]) == ["image", "image-2"]
-    for wrong, words in (
-        (["--image", last, "--image", first], "--image: "),
+    both = ["--image", first, "--image", last]
+    wrong = [
+        (["--image", last, "--image", first], "; give the file that the picture started from, "),
         (["--image", first], "--image: give the file that the picture started from, SHA-256 "),
-        ([*pictures, "--image", first], "--image: the picture started from 2; leave it out"),
-    ):
-        assert run(["replay", receipt, "--endpoint", endpoint, *wrong]) == 2
-        assert words in capsys.readouterr().err
+        ([*both, "--image", first], "--image: the picture started from 2; leave it out"),
+    ]
+
+    def use(endpoint: str) -> None:
+        made = ["-o", str(tmp_path / "film.mp4"), "--receipt", receipt, "--model", "flf2v", "--endpoint", endpoint]
+        assert run(["generate", "a cat", *made, *both, *options]) == 0
+        assert run(["replay", receipt, "--endpoint", endpoint, *both]) == 0
+        assert "\nidentical: " in capsys.readouterr().out
+        assert sorted(json.loads(Path(receipt).read_text())["inputs"]) == ["image", "image-2"]
+        for files, words in wrong:
+            assert run(["replay", receipt, "--endpoint", endpoint, *files]) == 2
+            assert words in capsys.readouterr().err
+
+    await at_gateway(manifest, use)
