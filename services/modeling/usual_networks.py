@@ -26,6 +26,7 @@ class UsualNetwork:
         prefixes: of its tensors in single files that hold it beside others.
         source: where it is.
         tokenizer: where its tokenizer's file is; None: it has none, or it ships with Safelight.
+        needed_with: tensors of which the single files of models that need it have one; none: all models need it.
     """
 
     part: str = ""
@@ -33,9 +34,11 @@ class UsualNetwork:
     prefixes: tuple[str, ...]
     source: HubSource
     tokenizer: HubSource | None = None
+    needed_with: tuple[str, ...] = ()
 
 
 _FLUX = "muse/FLUX.1-dev-fp8"
+_CLIP = "muse/open-clip-xlm-roberta-large-vit-huge-14"
 
 USUAL_NETWORKS: Mapping[str, Mapping[str, Sequence[UsualNetwork]]] = {
     "flux": {
@@ -73,6 +76,17 @@ USUAL_NETWORKS: Mapping[str, Mapping[str, Sequence[UsualNetwork]]] = {
                 source=HubSource(model="muse/wan2.1-umt5", path="umt5.safetensors"),
                 tokenizer=HubSource(model="Wan-AI/Wan2.1-T2V-1.3B", path="google/umt5-xxl/tokenizer.json"),
             ),
+            UsualNetwork(
+                part="image_encoder",
+                folder="image_encoder",
+                prefixes=("visual.",),
+                source=HubSource(model=_CLIP, path=f"{_CLIP.removeprefix('muse/')}.safetensors"),
+                needed_with=(
+                    "img_emb.proj.1.weight",
+                    "model.diffusion_model.img_emb.proj.1.weight",
+                    "condition_embedder.image_embedder.norm1.weight",
+                ),
+            ),
         ),
         "decoder": (
             UsualNetwork(
@@ -105,7 +119,16 @@ def with_usual_networks(entry: ModelEntry, family: str, stage: str, *, from_hub:
 def _networks(entry: ModelEntry, family: str, stage: str) -> Sequence[UsualNetwork]:
     if stage == "encoder" and not entry.load_text_encoder:
         return ()
-    return USUAL_NETWORKS.get(family, {}).get(stage, ())
+    return [network for network in USUAL_NETWORKS.get(family, {}).get(stage, ()) if _is_needed(entry, network)]
+
+
+def _is_needed(entry: ModelEntry, network: UsualNetwork) -> bool:
+    """Whether the model is of those that have the network, as far as its own single files tell; a folder has it."""
+    if not network.needed_with:
+        return True
+    if not entry.paths or entry.paths[0].is_dir():
+        return False
+    return any(name in network.needed_with for name in open_checkpoint(entry.paths))
 
 
 def _has(entry: ModelEntry, component: Component, network: UsualNetwork) -> bool:

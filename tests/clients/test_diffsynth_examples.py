@@ -17,8 +17,8 @@ from tests.support.lora_files import kohya, save
 from tests.support.model_hubs import ModelScopeHub
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sdxl import save_tiny_sdxl
-from tests.support.tiny_wan import save_tiny_wan
-from tests.support.wan_layout import save_original_files
+from tests.support.tiny_wan import save_tiny_wan, save_tiny_wan_i2v
+from tests.support.wan_layout import save_original_clip, save_original_files
 
 SIZE = 64
 STEPS = "num_inference_steps=2"
@@ -30,6 +30,7 @@ FLUX = {
     "ae-bf16.safetensors",
 }
 WAN = {"dit.safetensors", "umt5.safetensors", "vae.safetensors", "google/umt5-xxl/tokenizer.json"}
+CLIP = "open-clip-xlm-roberta-large-vit-huge-14.safetensors"
 LORA = "麦橘超国风旗袍.safetensors"
 
 
@@ -41,6 +42,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[M
     t5 = flux / "text_encoder_2"
     wan = save_tiny_wan(folder / "wan")
     dit, vae, umt5 = save_original_files(wan, folder)
+    led = save_tiny_wan_i2v(folder / "led")
+    (folder / "led files").mkdir()
+    led_dit, *_ = save_original_files(led, folder / "led files")
+    clip = save_original_clip(led / "image_encoder", folder / "clip.safetensors")
     hub = ModelScopeHub(
         {
             "MusePublic/DreamShaper_SD_1_5": {
@@ -54,6 +59,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[M
             },
             "DonRat/MAJICFLUS_SuperChinesestyleheongsam": {"master": _read({LORA: _lora(folder / "lora.safetensors")})},
             "MusePublic/wan2.1-1.3b": {"master": _read({"dit.safetensors": dit})},
+            "MusePublic/wan2.1-i2v-14b-480p-bf16": {"master": _read({"dit.safetensors": led_dit})},
+            "muse/open-clip-xlm-roberta-large-vit-huge-14": {"master": _read({CLIP: clip})},
             "muse/wan2.1-umt5": {"master": _read({"umt5.safetensors": umt5})},
             "muse/wan2.1-vae": {"master": _read({"vae.safetensors": vae})},
             "Wan-AI/Wan2.1-T2V-1.3B": {
@@ -113,6 +120,13 @@ def test_the_guides_film_is_fetched_and_made(hub: ModelScopeHub, scratch: Path) 
     film = load_video(scratch / "video.mp4")
     assert len(film) == 5
     assert film[0].size == (SIZE, SIZE)
+
+
+def test_a_picture_s_film_is_made_with_an_image_encoder_that_is_fetched(hub: ModelScopeHub, scratch: Path) -> None:
+    Image.new("RGB", (SIZE, SIZE), "red").save(scratch / "first.png")
+    film = f"width={SIZE}, height={SIZE}, num_frames=5, seed=1, {STEPS}"
+    run("wan_pictures", f"'{scratch / 'first.png'}', {film}", WAN | {CLIP}, hub, scratch)
+    assert len(load_video(scratch / "video.mp4")) == 5
 
 
 def run(script: str, arguments: str, files: set[str], hub: ModelScopeHub, scratch: Path) -> None:

@@ -114,3 +114,20 @@ def test_every_network_names_its_part_and_a_file() -> None:
         for networks in stages.values():
             assert all(network.source.path and network.prefixes for network in networks)
             assert len({network.part for network in networks}) == len(networks)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"), [("img_emb.proj.1.weight", True), ("blocks.0.cross_attn.norm_k.weight", False)]
+)
+def test_what_only_some_models_have_is_fetched_for_those_alone(
+    name: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = USUAL_NETWORKS["wan"]["encoder"]
+    sources = [source for each in encoders for source in (each.source, each.tokenizer) if source]
+    hub = ModelScopeHub({source.model: {"master": {str(source.path): b"weights"}} for source in sources})
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path))
+    monkeypatch.setenv("SAFELIGHT_CACHE", str(tmp_path / "cache"))
+    parts = with_usual_networks(checkpoint(tmp_path, name), "wan", "encoder", from_hub=True).encoder.parts
+    hub.close()
+    assert set(parts) == ({"umt5", "image_encoder"} if needed else {"umt5"})
