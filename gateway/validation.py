@@ -47,7 +47,7 @@ def check_generate(request: GenerateRequest, model: ModelDescription) -> None:
     if IMAGE_EMBEDS in model.denoiser.conditioning and MEDIA_ROLE_IMAGE not in model.encoder.inputs:
         raise UnsupportedError(
             f"inputs: model {model.name!r} needs an image encoder, which its encoder does not have: name the file in "
-            "the manifest (encoder: {parts: {image_encoder: {path: …}}})",
+            "the manifest (encoder: {parts: {image_encoder: {path: …}}}), or the config's image_encoder_path",
             field="inputs",
         )
     if violations := list(_violations(request, model)):
