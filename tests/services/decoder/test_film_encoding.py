@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
+import signal
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from safelight.errors import InvalidRequestError, UnsupportedError
+from safelight.errors import InternalError, InvalidRequestError, UnsupportedError
 from safelight.v1.decoder_service_pb2 import EncodeFilmRequest
 from safelight.v1.decoder_service_pb2_grpc import DecoderServiceStub
 from safelight.v1.tensor_pb2 import TensorRef
@@ -180,3 +182,17 @@ async def test_a_caller_that_goes_away_leaves_no_process_behind(start: Start, fi
     while not nothing_in(films):
         await stub.EncodeFilm(request(keyframes=[png(picture(0))], num_frames=1), timeout=60)
     assert not any(is_running(reader) for reader in readers)
+
+
+async def test_when_ffmpeg_dies_the_call_says_so_and_the_next_one_is_served(start: Start, films: Path) -> None:
+    stub, long = await start(), film_file(moving_square(401, SIZE))
+    call = asyncio.ensure_future(failure(stub.EncodeFilm(request(film=long, num_frames=401), timeout=60)))
+    while not (readers := processes_in(films)):
+        assert not call.done()
+        await asyncio.sleep(0)
+    os.kill(readers[0], signal.SIGKILL)
+    error = await call
+    assert isinstance(error, InternalError)
+    assert "ffmpeg was ended by signal 9" in str(error)
+    assert nothing_in(films)
+    await stub.EncodeFilm(request(film=long), timeout=60)
