@@ -38,6 +38,9 @@ _MIN_PACKED_CHANNELS = 256
 # a UNet its finest levels' forms, and most of the time that all would save. Small networks (VAEs) get all of theirs.
 _USUAL_SHARE = 20
 _SMALL_NETWORK_BYTES = 2**30
+# Weights that are packed before freed memory is given back: what they leave of the weights as loaded, in holes, would
+# be a tenth.
+_BYTES_BETWEEN_RETURNS = 2**25
 
 
 @runtime_checkable
@@ -285,9 +288,13 @@ def pack_weights(module: nn.Module, budget_bytes: int | None = None) -> None:
     """
     layers = list(_packable(module))
     _share_out(_spare_bytes(module, budget_bytes), [layer for layer in layers if isinstance(layer, Tileable)])
+    packed = 0
     for layer in layers:
+        packed += layer.weight.nbytes
         _pack(layer)
-        return_freed_memory()  # else what is left of the weights as loaded, in holes, is a tenth of them
+        if packed >= _BYTES_BETWEEN_RETURNS:
+            return_freed_memory()
+            packed = 0
 
 
 def _spare_bytes(module: nn.Module, budget_bytes: int | None) -> float:
