@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from safelight.v1 import denoiser_service_pb2_grpc
 from safelight.v1.model_pb2 import ModelDescription
-from services.common.availability import Availability
+from services.common.availability import Availability, Listener
 from services.common.executor import DeviceExecutor
 from services.common.server import Service
 from services.common.stage import Surroundings, served_models, stage_mounts
@@ -62,13 +62,7 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
     preparation = Preparation(engine, executor, reader, models, checkpoints.costs, store.exchange_id, library)
     denoising = Denoising(engine, loop, preparation, checkpoints, store, surroundings.metrics, models)
     servicer = DenoiserServicer(denoising, settings.heartbeat_seconds)
-
-    def model_changed(name: str, is_there: bool) -> None:
-        models[name].restarting = not is_there
-        if not is_there:
-            loop.hand_back(name, restarting_error(name, "a rank was lost"))
-
-    availability.listen(model_changed)
+    availability.listen(_hand_back(models, loop))
 
     async def start(address: str) -> None:
         surroundings.advertise(address)
@@ -99,6 +93,17 @@ def build_denoiser(settings: DenoiserSettings, surroundings: Surroundings) -> Se
         until_fetched=store.until_empty,
         availability=availability,
     )
+
+
+def _hand_back(models: Mapping[str, ModelDescription], loop: DenoiseLoop) -> Listener:
+    """While a model is started again, its description says so, and nobody waits here for it."""
+
+    def changed(name: str, is_there: bool) -> None:
+        models[name].restarting = not is_there
+        if not is_there:
+            loop.hand_back(name, restarting_error(name, "a rank was lost"))
+
+    return changed
 
 
 def _warm_up(

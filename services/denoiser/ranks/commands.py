@@ -125,7 +125,7 @@ class Leave:
 
 
 Command: TypeAlias = Load | Prepare | Predict | ReadAdapter | Leave
-Answer: TypeAlias = Loaded | Hashable | Tensor | AdapterReading | int | None
+Answer: TypeAlias = Loaded | AdapterReading | Tensor | Hashable
 
 
 @dataclass(frozen=True)

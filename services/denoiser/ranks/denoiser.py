@@ -13,7 +13,7 @@ from services.denoiser.conditioning import PromptConditioning
 from services.denoiser.ranks.commands import Predict, Prepare
 from services.denoiser.ranks.group import RankGroup, restarting_error
 from services.denoiser.ranks.network import RankedNetwork
-from services.denoiser.ranks.prepared import PreparedOnRanks
+from services.denoiser.ranks.ranks import PreparedOnRanks
 from services.denoiser.ranks.weights import RankedWeights
 from services.modeling.placement import PlacedWeights
 

@@ -25,7 +25,7 @@ from services.modeling.lora.adapter import Adapter
 
 _log = logging.getLogger("safelight.ranks")
 
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 30.0
+_FIRST_PAUSE_SECONDS, _MOST_DOUBLINGS = 0.25, 7  # 32 seconds at most
 _STEADY_SECONDS = 60.0  # ranks that have lived for so long were started well
 
 
@@ -129,7 +129,7 @@ class RankGroup:
             self._note_loss(self.ranks)
             codes = self.ranks.end()
             quick_losses = quick_losses + 1 if time.monotonic() - began < _STEADY_SECONDS else 0
-            if self._closing.wait(min(_FIRST_PAUSE_SECONDS * 2**quick_losses, _LONGEST_PAUSE_SECONDS)):
+            if self._closing.wait(_FIRST_PAUSE_SECONDS * 2 ** min(quick_losses, _MOST_DOUBLINGS)):
                 return
             _log.error("a rank was lost: all are started again", extra={"model": self.name, "exit_codes": codes})
             self._start_again()
@@ -150,9 +150,9 @@ class RankGroup:
         """New ranks, when they have loaded."""
         plan = self._plan
         elsewhere = plan.entrance.admit(range(plan.here, plan.degrees.ranks)) if plan.entrance else {}
+        self._store, address = open_store(plan.entrance.host if plan.entrance else LOOPBACK)
         members = [Member.started() for _ in range(plan.here)]
         members += [Member(Channel(connection)) for _, connection in sorted(elsewhere.items())]
-        self._store, address = open_store(plan.entrance.host if plan.entrance else LOOPBACK)
         self._starting = ranks = Ranks(members, self.adapters)
         if self._closing.is_set():
             ranks.kill()

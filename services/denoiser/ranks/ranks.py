@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from queue import Empty, SimpleQueue
@@ -18,7 +18,6 @@ from services.denoiser.ranks.alive import Alive
 from services.denoiser.ranks.commands import Command, Failed, Order
 from services.denoiser.ranks.entrance import connection_over, hang_up
 from services.denoiser.ranks.messages import Channel, Packed, pack
-from services.denoiser.ranks.prepared import PreparedOnRanks
 from services.denoiser.ranks.process import start_process
 from services.modeling.lora.adapter import Adapter
 
@@ -71,6 +70,21 @@ class Member:
     def is_running(self) -> bool:
         """Whether it is up, as far as is known."""
         return self.process is None or self.process.poll() is None
+
+
+@dataclass(eq=False)
+class PreparedOnRanks:
+    """A conditioning that ranks have prepared; they keep it for as long as this is held.
+
+    Args:
+        ranks: that have it; others do not.
+        number: they know it by.
+        batch_key: see `Denoiser.batch_key`.
+    """
+
+    ranks: Ranks
+    number: int
+    batch_key: Hashable = None
 
 
 class Ranks:
