@@ -171,7 +171,7 @@ async def test_a_request_at_fault_is_told_so_and_the_ranks_go_on(start_shared: S
 async def test_after_the_loss_of_a_rank_a_request_goes_on_from_the_state_it_had(
     start_shared: StartShared, tmp_path: Path, blow: signal.Signals
 ) -> None:
-    denoiser = await start_shared("wan", {"cfg": 2}, rank_answer_seconds=2.0)
+    denoiser = await start_shared("wan", {"cfg": 2}, rank_answer_seconds=5.0)
     style = await load_style(denoiser, save(dotted(LAYERS["wan"]), tmp_path / "style.safetensors"))
     work = exact(with_checkpoints(styled(request("wan", "shared", steps=120), [style]), 100))
     undisturbed = await denoiser.latents(work)
