@@ -105,9 +105,9 @@ class Encoding:
             *map(self._encode_prompt, jobs),
             *(self._encode_picture(request, index, encoder, alone) for index in range(len(request.inputs))),
         )
-        pictures = [each.tensors for each in encoded[len(jobs) :]]
+        results, pictures = encoded[: len(jobs)], [each.tensors for each in encoded[len(jobs) :]]
         shared = await self.executor.run(lambda: joined(pictures))
-        prompts = [await self._pack(job, result, shared) for job, result in zip(jobs, encoded, strict=False)]
+        prompts = [await self._pack(job, result, shared) for job, result in zip(jobs, results, strict=True)]
         return pb.EncodeResponse(prompts=prompts, timing=self._timing(request.model, encoded))
 
     async def _encode_prompt(self, job: PromptJob) -> _Encoded:

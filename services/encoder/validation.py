@@ -8,11 +8,12 @@ from safelight.errors import FieldViolation, InvalidRequestError, UnsupportedErr
 from safelight.v1.encoder_service_pb2 import EncodeRequest
 from safelight.v1.model_pb2 import EncoderDescription
 from safelight.v1.work_pb2 import MediaRole
+from services.common.film_limits import MAX_SIDE_PIXELS
 from services.common.validation import check_adapters, check_determinism, check_range
 
 MAX_PROMPTS = 64
 MAX_PICTURES = 64
-_MAX_FILM_SIDE = 8192  # pixels
+_MAX_FILM_PIXELS = 16 * 1024**2  # of a frame
 
 
 def check_encode(request: EncodeRequest, model: EncoderDescription) -> None:
@@ -37,7 +38,9 @@ def _violations(request: EncodeRequest, model: EncoderDescription) -> Iterator[F
     yield from check_adapters(request.adapters)
     yield from check_range("inputs", len(request.inputs), 0, MAX_PICTURES)
     for field, pixels in (("width", request.width), ("height", request.height)):
-        yield from check_range(field, pixels, 1 if request.width or request.height else 0, _MAX_FILM_SIDE)
+        yield from check_range(field, pixels, 1 if request.width or request.height else 0, MAX_SIDE_PIXELS)
+    if request.width * request.height > _MAX_FILM_PIXELS:
+        yield FieldViolation("width", f"{request.width}x{request.height} has more than {_MAX_FILM_PIXELS} pixels")
     for index, prompt in enumerate(request.prompts):
         size = len(prompt.encode())
         if size > model.max_prompt_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import AsyncGenerator
 
 from PIL import Image
 
@@ -11,6 +12,7 @@ from gateway.inputs import IMAGE_EMBEDS
 from safelight.errors import InvalidRequestError, StageDrainingError
 from safelight.v1 import work_pb2 as work
 from safelight.v1.decoder_service_pb2 import EncodeFilmRequest, EncodeFilmResponse
+from safelight.v1.denoiser_service_pb2 import DenoiseRequest, DenoiseResponse
 from safelight.v1.encoder_service_pb2 import EncodeRequest, EncodeResponse
 from safelight.v1.generation_service_pb2 import GenerateRequest
 from safelight.v1.model_pb2 import DecoderDescription, DenoiserDescription, EncoderDescription
@@ -23,9 +25,11 @@ from tests.support.fake_stages import (
     FakeDecoder,
     FakeDenoiser,
     FakeEncoder,
+    checkpoint,
     encoded,
     encoded_film,
     rest,
+    step,
 )
 
 
@@ -125,6 +129,24 @@ async def test_they_are_encoded_elsewhere_when_a_decoder_stops(deploy: Deploy) -
     assert (lost.stage, kept.stage) == ("decoder", "decoder")
     assert lost.replica != kept.replica
     assert len(stages.encodes) == 1
+
+
+async def test_a_request_that_goes_on_elsewhere_brings_them_again_without_encoding_them_again(deploy: Deploy) -> None:
+    async def stop_once(request: DenoiseRequest) -> AsyncGenerator[DenoiseResponse, None]:
+        if request.HasField("resume_from"):
+            async for response in rest(request):
+                yield response
+        else:
+            yield step(1)
+            yield checkpoint(1)
+            raise StageDrainingError("stopping", stage="denoiser")
+
+    stages, denoiser = Encoders(), FakeDenoiser(stop_once, led(IMAGE_EMBEDS))
+    await (await deploy([denoiser, denoiser], [stages.decoder], [stages.encoder])).events(REQUEST)
+    assert [request.resume_from.step for request in denoiser.requests] == [0, 1]
+    assert [list(request.keyframe_indices) for request in denoiser.requests] == [[0, 8]] * 2
+    assert len({request.keyframe_latents.inline for request in denoiser.requests}) == 1
+    assert len(stages.films) == 1
 
 
 async def test_when_one_stage_refuses_them_the_other_stops(deploy: Deploy) -> None:

@@ -139,6 +139,7 @@ def request(role: Any = MEDIA_ROLE_IMAGE, data: bytes = b"", model: str = "led",
         (request(model="words"), UnsupportedError, "inputs: this model takes text only"),
         (request(width=64), InvalidRequestError, "height"),
         (request(width=100_000, height=64), InvalidRequestError, "width"),
+        (request(width=16_384, height=16_384), InvalidRequestError, "width: 16384x16384 has more than"),
     ],
 )
 async def test_bad_pictures_are_refused_by_name_and_the_service_goes_on(

@@ -54,8 +54,8 @@ class GenerateRequest(_message.Message):
     negative_prompt: _builtins.str
     """What it shall not show."""
     width: _builtins.int
-    """Width in pixels; 0: the input picture's or film's, rounded to what the model takes (with a height: in its proportion; of a film:
-    the model's default area in the proportions of the first picture), or without one the model's default. Input pictures
+    """Width in pixels; 0: the input picture's or film's, rounded to what the model takes (with a height: in its proportion),
+    or without one the model's default; keyframes give the proportions of the first at the model's default area. The inputs
     are scaled to this size.
     """
     height: _builtins.int
