@@ -33,7 +33,7 @@ from services.modeling.weights import Checkpoint, CheckpointError, load_weights
 IMAGE_CHANNELS = 3
 FRAMES_PER_LATENT = 4
 _LEAST_NORM = 1e-12
-_STRIP_ELEMENTS = 2**19
+_STRIP_ELEMENTS = 2**19  # of a feature map: two MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
