@@ -56,7 +56,10 @@ def packed_linear(
     add: Tensor | None = None,
     multiply: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + b, then one of: an activation, plus `add`, times `multiply`. x: [..., in] -> [..., out]."""
+    """x Wᵀ + b, then one of: an activation, plus `add`, times `multiply`. x: [..., in] -> [..., out].
+
+    A weight that isn't packed is brought into blocks by the call itself, which is as good for a single use.
+    """
     y: Tensor
     if add is not None:
         y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
