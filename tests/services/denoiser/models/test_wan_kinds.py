@@ -11,6 +11,7 @@ import torch
 
 from safelight.errors import CheckpointError
 from safelight.v1.model_pb2 import DenoiserDescription
+from safelight.v1.work_pb2 import MEDIA_ROLE_IMAGE
 from services.common.manifest import ModelEntry
 from services.denoiser.models.wan import WanDenoiser
 from tests.support.tiny_wan import tiny_wan_dit
@@ -64,7 +65,7 @@ def test_each_kind_has_its_defaults_in_both_layouts(
         said, its_shift = described(path)
         assert (said.min_keyframes, said.max_keyframes) == keyframes
         assert (its_shift, said.default_guidance_scale, said.default_steps, said.default_fps) == defaults
-        assert bool(said.inputs) == (kind != "t2v")
+        assert (MEDIA_ROLE_IMAGE in said.inputs) == (kind != "t2v")
         assert ("image_embeds" in said.conditioning) == ("image_dim" in KINDS[kind])
         assert said.latent_channels == 16
 
