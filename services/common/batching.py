@@ -82,15 +82,17 @@ class Batcher(Generic[Item, Result]):
             waiting.result.cancel()
         self._waiting.clear()
 
-    async def submit(self, item: Item, kind: WorkKind, key: Hashable = None) -> tuple[Result, float, float]:
+    async def submit(
+        self, item: Item, kind: WorkKind, key: Hashable = None, *, admitted: bool = False
+    ) -> tuple[Result, float, float]:
         """The item's result, the seconds it waited and the seconds its batch computed.
 
-        Items of different kinds or keys never share a batch.
+        Items of different kinds or keys never share a batch. What goes on with work that is `admitted` is never refused.
 
         Raises:
             OverloadedError: as many items wait already as the capacity allows.
         """
-        if len(self._waiting) >= self._limits.capacity:
+        if len(self._waiting) >= self._limits.capacity and not admitted:
             raise OverloadedError(
                 f"the {self._stage}'s queue is full ({self._limits.capacity} waiting): retry later or add replicas",
                 retry_after_seconds=max(self.backlog_seconds(), 0.05),

@@ -31,14 +31,16 @@ class DeviceWork:
     queue: DeviceQueue
     metrics: Metrics
 
-    async def compute(self, kind: WorkKind, computation: Computation) -> tuple[Tensor, StageTiming]:
-        """Run on the device, after those that came before.
+    async def compute(
+        self, kind: WorkKind, computation: Computation, *, admitted: bool = False
+    ) -> tuple[Tensor, StageTiming]:
+        """Run on the device, after those that came before; the next piece of what is `admitted` whatever waits.
 
         Raises:
             OverloadedError: too many wait.
             OutOfMemoryError: it does not fit the device.
         """
-        tensor, queued, computed = await self.queue.submit(computation, kind)
+        tensor, queued, computed = await self.queue.submit(computation, kind, admitted=admitted)
         self.metrics.queue_seconds.labels("decoder").observe(queued)
         self.metrics.stage_seconds.labels("decoder", kind.model).observe(computed)
         return tensor, StageTiming(stage="decoder", queue_seconds=queued, compute_seconds=computed)

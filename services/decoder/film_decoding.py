@@ -88,7 +88,7 @@ class FilmDecoding:
                 timing.queue_seconds += spent.queue_seconds
                 timing.compute_seconds += spent.compute_seconds
                 if left:
-                    following = asyncio.ensure_future(self.device.compute(kind, lambda: next(pieces)))
+                    following = asyncio.ensure_future(self.device.compute(kind, lambda: next(pieces), admitted=True))
                 yield piece
         finally:
             following.cancel()

@@ -80,7 +80,8 @@ class FilmEncoding:
         piece = await reading.run(lambda: next(pieces, None))
         while piece is not None:
             read.append(piece)
-            computing = asyncio.ensure_future(self.device.compute(kind, lambda: next(encoded)))
+            going_on = self.device.compute(kind, lambda: next(encoded), admitted=bool(latents))
+            computing = asyncio.ensure_future(going_on)
             try:
                 piece = await reading.run(lambda: next(pieces, None))
                 latent, spent = await computing

@@ -61,7 +61,8 @@ def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, sha
     """A guess at the seconds of a step, from a much smaller one, which also wakes the device's libraries up.
 
     The truth lies between the small step's time, where launching kernels is what takes time, and the ratio of the areas
-    as much, where computing does; the guess is their geometric mean. (Of a film, the small step sees one frame.)
+    as much, where computing does; the guess is their geometric mean. A film has so many tokens that attention, which
+    grows with their square, makes up for the small step's launches: the ratio itself, against a step of one frame.
     """
     multiple = max(denoiser.latent_multiple, 1)
     channels, *frames, height, width = shape
@@ -69,7 +70,8 @@ def _probe(engine: DenoiserEngine, name: str, denoiser: DenoiserDescription, sha
     small = (channels, *(1 for _ in frames), *(multiple * math.ceil(side / multiple) for side in sides))
     job = _job(engine, name, denoiser, small, steps=2)
     _, seconds = [_step_seconds(engine, [job]) for _ in range(2)]
-    return seconds * math.sqrt(math.prod(shape) / math.prod(small))
+    ratio = math.prod(shape) / math.prod(small)
+    return seconds * (ratio if frames else math.sqrt(ratio))
 
 
 def _measure(engine: DenoiserEngine, jobs: list[DenoiseJob], steps: int, until: float) -> list[float]:

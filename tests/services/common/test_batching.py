@@ -187,6 +187,19 @@ async def test_a_call_beyond_the_capacity_is_refused_with_a_time_to_come_back() 
     assert caught.value.retry_after_seconds > 0
 
 
+async def test_work_that_is_let_in_goes_on_beyond_the_capacity() -> None:
+    doubler = Doubler()
+    doubler.open.clear()
+    async with batching(doubler, BatchLimits(max_size=1, max_wait_seconds=0.0, capacity=1)) as batcher:
+        running = await submitted(batcher, 0)
+        await doubler.begun.wait()
+        waiting = await submitted(batcher, 1)
+        going_on = asyncio.create_task(batcher.submit(2, WORDS, admitted=True))
+        doubler.open.set()
+        assert (await going_on)[0] == 4
+        await asyncio.gather(*running, *waiting)
+
+
 async def test_closing_cancels_what_runs_and_what_waits() -> None:
     doubler = Doubler()
     doubler.open.clear()
