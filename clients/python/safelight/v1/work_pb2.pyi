@@ -32,7 +32,9 @@ class _DeterminismClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dete
     DETERMINISM_CLASS_ROUNDING: _DeterminismClass.ValueType  # 1
     """Equal up to the rounding of the compute dtype."""
     DETERMINISM_CLASS_EXACT: _DeterminismClass.ValueType  # 2
-    """Bit for bit, whatever the batch mates, replica, topology or resumption."""
+    """Bit for bit, whatever the batch mates, replica or resumption; where ranks share a network, among replicas that share
+    it alike.
+    """
 
 class DeterminismClass(_DeterminismClass, metaclass=_DeterminismClassEnumTypeWrapper):
     """How equal two runs of one request are."""
@@ -42,7 +44,9 @@ DETERMINISM_CLASS_UNSPECIFIED: DeterminismClass.ValueType  # 0
 DETERMINISM_CLASS_ROUNDING: DeterminismClass.ValueType  # 1
 """Equal up to the rounding of the compute dtype."""
 DETERMINISM_CLASS_EXACT: DeterminismClass.ValueType  # 2
-"""Bit for bit, whatever the batch mates, replica, topology or resumption."""
+"""Bit for bit, whatever the batch mates, replica or resumption; where ranks share a network, among replicas that share
+it alike.
+"""
 Global___DeterminismClass: _TypeAlias = DeterminismClass  # noqa: Y015
 
 class _MediaRole:
