@@ -87,8 +87,8 @@ class Batcher(Generic[Item, Result]):
     ) -> tuple[Result, float, float]:
         """The item's result, the seconds it waited and the seconds its batch computed.
 
-        Items of different kinds or keys never share a batch. What is `admitted` goes on with work that was let in: it is
-        never refused.
+        Items of different kinds or keys never share a batch. What is `admitted` goes on with work that was let in, and
+        is never refused.
 
         Raises:
             OverloadedError: as many items wait already as the capacity allows.
