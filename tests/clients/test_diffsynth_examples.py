@@ -13,7 +13,7 @@ from safelight import load_video
 from tests.clients.processes import start
 from tests.support.flux_layout import original_flux_tensors
 from tests.support.ldm_layout import save_single_file
-from tests.support.lora_files import kohya, save
+from tests.support.lora_files import dotted, kohya, save
 from tests.support.model_hubs import ModelScopeHub
 from tests.support.tiny_flux import save_tiny_flux
 from tests.support.tiny_sdxl import save_tiny_sdxl
@@ -31,7 +31,8 @@ FLUX = {
 }
 WAN = {"dit.safetensors", "umt5.safetensors", "vae.safetensors", "google/umt5-xxl/tokenizer.json"}
 CLIP = "open-clip-xlm-roberta-large-vit-huge-14.safetensors"
-LORA = "麦橘超国风旗袍.safetensors"
+LORA, WAN_LORA = "麦橘超国风旗袍.safetensors", "model.safetensors"
+FILM = f"width={SIZE}, height={SIZE}, num_frames=5, seed=1, {STEPS}"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Iterator[M
             },
             "DonRat/MAJICFLUS_SuperChinesestyleheongsam": {"master": _read({LORA: _lora(folder / "lora.safetensors")})},
             "MusePublic/wan2.1-1.3b": {"master": _read({"dit.safetensors": dit})},
+            "DiffSynth-Studio/Wan2.1-1.3b-lora-highresfix-v1": {
+                "master": _read({WAN_LORA: _wan_lora(folder / "wan_lora.safetensors")})
+            },
             "MusePublic/wan2.1-i2v-14b-480p-bf16": {"master": _read({"dit.safetensors": led_dit})},
             "muse/open-clip-xlm-roberta-large-vit-huge-14": {"master": _read({CLIP: clip})},
             "muse/wan2.1-umt5": {"master": _read({"umt5.safetensors": umt5})},
@@ -97,6 +101,11 @@ def _lora(path: Path) -> Path:
     return save(kohya({"lora_unet_double_blocks_0_img_attn_proj": (64, 64)}), path)
 
 
+def _wan_lora(path: Path) -> Path:
+    """DiffSynth-Studio's layout, for one layer of the tiny transformer."""
+    return save(dotted({"blocks.0.cross_attn.k": (256, 256)}, "lora_A.default", "lora_B.default"), path)
+
+
 @pytest.mark.parametrize(
     ("script", "files"),
     [
@@ -115,8 +124,11 @@ def test_a_script_of_the_guide_fetches_what_it_needs_and_draws(
         assert picture.size == (SIZE, SIZE)
 
 
-def test_the_guides_film_is_fetched_and_made(hub: ModelScopeHub, scratch: Path) -> None:
-    run("wan", f"width={SIZE}, height={SIZE}, num_frames=5, seed=1, {STEPS}", WAN, hub, scratch)
+@pytest.mark.parametrize(("script", "files"), [("wan", WAN), ("wan_lora", WAN | {WAN_LORA}), ("wan_parallel", WAN)])
+def test_a_film_of_the_guide_is_made_of_what_it_fetches(
+    script: str, files: set[str], hub: ModelScopeHub, scratch: Path
+) -> None:
+    run(script, FILM, files, hub, scratch)
     film = load_video(scratch / "video.mp4")
     assert len(film) == 5
     assert film[0].size == (SIZE, SIZE)
@@ -124,8 +136,7 @@ def test_the_guides_film_is_fetched_and_made(hub: ModelScopeHub, scratch: Path) 
 
 def test_a_picture_s_film_is_made_with_an_image_encoder_that_is_fetched(hub: ModelScopeHub, scratch: Path) -> None:
     Image.new("RGB", (SIZE, SIZE), "red").save(scratch / "first.png")
-    film = f"width={SIZE}, height={SIZE}, num_frames=5, seed=1, {STEPS}"
-    run("wan_pictures", f"'{scratch / 'first.png'}', {film}", WAN | {CLIP}, hub, scratch)
+    run("wan_pictures", f"'{scratch / 'first.png'}', {FILM}", WAN | {CLIP}, hub, scratch)
     assert len(load_video(scratch / "video.mp4")) == 5
 
 
