@@ -131,6 +131,24 @@ async def test_shared_work_gives_the_latents_of_one_process(
     assert relative_error(plain, shared[2]) > 1e-2
 
 
+async def test_a_cancelled_request_stops_within_a_step_and_the_ranks_go_on(start_shared: StartShared) -> None:
+    denoiser = await start_shared("flux", {"ulysses": 2})
+    call = denoiser.stub.Denoise(request("flux", "shared", steps=1000))
+    async for event in call:
+        if event.progress.step == 3:
+            call.cancel()
+            break
+    await denoiser.until_idle()
+    latents = await denoiser.latents(request("flux", "shared", steps=2))
+    wasted, useful = (
+        denoiser.metric("safelight_denoise_steps_total", model="shared", outcome=outcome)
+        for outcome in ("wasted", "useful")
+    )
+    assert wasted <= 1
+    assert useful < 1000
+    assert relative_error(latents, await denoiser.latents(request("flux", "alone", steps=2))) < 1e-5
+
+
 async def load_style(denoiser: RunningDenoiser, file: Path) -> Adapter:
     """A LoRA that both models have loaded, and that both report alike; of its bytes a rank may hold a part."""
     stub = AdapterServiceStub(denoiser.channel)
